@@ -1,0 +1,6 @@
+"""From files to training batches: conversations become token ids and labels, images become tensors, batches resume where they stopped.
+
+`conversation` builds ids and labels in one pass, `samples` reads data files, `images` opens pictures, `dataset`, `sampler` and
+`collate` make batches, `features` caches what a frozen vision tower sees, `check` judges a file before a run, `real` reads the
+nine real sets. Import from the modules; this file stays empty so that light users don't pay for torch.
+"""

@@ -1,0 +1,55 @@
+"""The command: help for every verb, the doctor's root causes, core imports with the core alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+from llava_collab.cli import main
+from llava_collab.doctor import CORE, OPTIONAL, report, root_cause
+
+
+@pytest.mark.parametrize("verb", [[], ["doctor"], ["assets"], ["data"], ["data", "check"], ["data", "build"], ["ask"]])
+def test_every_verb_has_help(verb: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*verb, "--help"])
+    assert stop.value.code == 0 and "usage: llava-collab" in capsys.readouterr().out
+
+
+def test_doctor_reports_versions_and_devices() -> None:
+    text, _ = report()
+    assert all(f"{name} " in text for name in CORE) and "cpu:" in text and "assets:" in text
+
+
+def test_root_cause_is_the_first_of_the_chain() -> None:
+    try:
+        try:
+            raise OSError("the real one")
+        except OSError as error:
+            raise ImportError("could not import") from error
+    except ImportError as error:
+        assert str(root_cause(error)) == "the real one"
+
+
+def test_core_imports_need_no_extra() -> None:
+    """Every module of the library imports in a process where each optional package is hidden."""
+    program = f"""
+import importlib, pkgutil, sys
+hidden = {sorted(set(OPTIONAL) | {"torchvision", "open_clip", "datasets", "onnxruntime", "anls_star", "pytest", "hypothesis", "faker"})!r}
+sys.modules.update(dict.fromkeys(hidden))  # None there makes an import fail and find_spec find nothing, as if not installed
+import llava_collab
+names = [m.name for m in pkgutil.walk_packages(llava_collab.__path__, "llava_collab.")]
+for name in names:
+    importlib.import_module(name)
+print(len(names))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) > 30
+
+
+def test_a_missing_model_folder_is_one_line(capsys: pytest.CaptureFixture, tmp_path) -> None:
+    (tmp_path / "m").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main(["ask", str(tmp_path / "m"), "hello"])
+    assert stop.value.code == 2 and "config.json" in capsys.readouterr().err
