@@ -1,5 +1,6 @@
 """HyperLLaVA in the Hugging Face form. Importing this registers its classes with transformers' Auto classes."""
 
+from . import efficientnet_lite, towers  # noqa: F401 - registers the towers
 from .configuration import ExpertConfig, HyperLlavaConfig
 from .hypernetwork import ExpertWeights, HyperNetwork
 from .modeling import HyperLlavaForConditionalGeneration, HyperLlavaModel

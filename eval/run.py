@@ -1,0 +1,152 @@
+"""Evaluate one model on one suite: writes records.jsonl (every prompt, output and score) and run.json, prints the scores.
+
+    python eval/run.py --model runs/hyper --suite eval/suites/cmt-open.yaml --items-per-category 50 --out runs/hyper/eval
+    python eval/run.py --model majority --suite eval/suites/cmt-open.yaml --out runs/majority/eval
+
+Killed? Run the same command again: answered samples are kept, the rest is asked. Tables over several runs: eval/table.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from llava_collab.assets import cache_root
+from llava_collab.data.features import FeatureCache
+from llava_collab.evaluation import report
+from llava_collab.evaluation.baselines import Majority
+from llava_collab.evaluation.controls import blind, permute_images
+from llava_collab.evaluation.environment import environment
+from llava_collab.evaluation.evaluator import Summary, choose, evaluate
+from llava_collab.evaluation.records import RecordError, model_sha256
+from llava_collab.evaluation.suite import SuiteError, load_suite
+from llava_collab.types import Model, Single
+
+if TYPE_CHECKING:
+    from llava_collab.data.samples import Sample
+
+
+@dataclass(frozen=True)
+class Args:
+    """Evaluate a model on a suite, resumably, one record a sample."""
+
+    model: str
+    """A model folder (config.json + *.safetensors), or `majority`: the most frequent training answer of each family."""
+
+    suite: Path
+    """What is measured and how: eval/suites/cmt-open.yaml or eval/suites/real.yaml."""
+
+    out: Path
+    """Folder for records.jsonl and run.json. A folder of the same run is gone on with; one of another run is refused."""
+
+    split: str = "test"
+    """Split of the suite."""
+
+    items_per_category: int | None = None
+    """At most so many items of each category, chosen by --seed (default: all)."""
+
+    categories: tuple[str, ...] = ()
+    """Only these categories, e.g. --categories "Visual QA" "Spatial Inference" (default: all)."""
+
+    data_root: Path | None = None
+    """Folder of the data, in place of the suite's own."""
+
+    name: str | None = None
+    """Label in tables (default: the model as given, with +blind or +permuted for the controls)."""
+
+    blind: bool = False
+    """Control: ask without images and image marks."""
+
+    permute_images: bool = False
+    """Control: give every question the image of another sample that asks the same question."""
+
+    feature_cache: bool = False
+    """Keep vision tower outputs in the local cache (the one that training uses), so that the next run with this tower skips it."""
+
+    batch_size: int = 8
+    """Questions answered at once."""
+
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+
+    dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
+    """Type the weights are loaded in; by default that of the model's files."""
+
+    seed: int = 0
+    """Chooses items and permutes images; answers are greedy."""
+
+    max_error_rate: float = 0.01
+    """Exit with status 1 if more than this share of samples ended in an error."""
+
+
+def main(args: Args) -> Summary:
+    """Evaluate and print. Raises RecordError, SuiteError, ValueError or FileNotFoundError with the cure."""
+    if args.blind and args.permute_images:
+        raise ValueError("--blind and --permute-images are two controls: run them one at a time, with a folder each")
+    suite = load_suite(args.suite)
+    everything = suite.read(args.split, args.data_root)
+    train = suite.read("train", args.data_root)
+    scorer = suite.scorer(train, everything)
+    # Permuted before items are chosen: a donor may be any sample of the split, and rare questions find one.
+    samples = permute_images(everything, args.seed) if args.permute_images else everything
+    if unknown := set(args.categories) - {sample.category for sample in samples}:
+        raise SuiteError(f"{args.suite}, split {args.split}: no such category {sorted(unknown)}")
+    samples = [sample for sample in samples if not args.categories or sample.category in args.categories]
+    samples = choose(samples, args.items_per_category, args.seed)
+    samples = blind(samples) if args.blind else samples
+    name = args.name or args.model + "+blind" * args.blind + "+permuted" * args.permute_images
+    model, about_model = _model(args, name, train, samples)
+    about_run = {"suite": suite.name, "seed": args.seed, "blind": args.blind, "permute_images": args.permute_images, "decoding": "greedy"}
+    summary = evaluate(
+        model,
+        samples,
+        args.out,
+        scorer=scorer,
+        max_new_tokens=suite.max_new_tokens,
+        batch_size=args.batch_size,
+        split=args.split,
+        identity=about_run | about_model,
+        environment=environment(arguments={key: str(value) for key, value in asdict(args).items()}),
+    )
+    runs = report.read_runs([args.out])
+    print("\n\n".join([f"{name}: {runs[0].headline}", report.score_table(runs).markdown(), report.beside_table(runs).markdown()]))
+    return summary
+
+
+def _model(args: Args, name: str, train: list[Sample], samples: list[Sample]) -> tuple[Model, dict[str, Any]]:
+    """The model and what identifies it: hash of its folder, of its chat template, its number type."""
+    if args.model == "majority":
+        return Majority(train, samples, name), {"model_sha256": None, "prompt_template_sha256": None, "dtype": None}
+    folder = Path(args.model)
+    # Cached features are bf16, which can move an answer.
+    identity = {"model_sha256": model_sha256(folder), "dtype": args.dtype, "cached_features": args.feature_cache}
+
+    import torch
+
+    from llava_collab.models.build import extract_features, load, tower_key
+
+    network: Any
+    network, processor = load(str(folder), dtype=None if args.dtype == "stored" else getattr(torch, args.dtype))
+    network.to(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if args.feature_cache:
+        processor.feature_cache = FeatureCache(cache_root() / "features", tower_key(network, processor))
+        paths = [image for sample in samples for image in sample.images]
+        with torch.inference_mode():
+            processor.feature_cache.fill(paths, lambda images: extract_features(network, processor.pixel_values(images)), args.batch_size)
+    identity["prompt_template_sha256"] = hashlib.sha256(str(processor.chat_template).encode()).hexdigest()
+    return Single(network, processor, name), identity
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    try:
+        result = main(arguments)
+    except (RecordError, SuiteError, ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    if result.error_rate > arguments.max_error_rate:
+        sys.exit(f"error: {result}, more than {arguments.max_error_rate:.1%}; the reasons are in {arguments.out}/records.jsonl")

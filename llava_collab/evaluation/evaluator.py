@@ -1,0 +1,204 @@
+"""`evaluate`: put samples to a `Model` in batches and write one record a sample, so that a killed run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from llava_collab.evaluation.metrics import VERSION, Scorer, references
+from llava_collab.evaluation.records import RECORDS, Row, dump, open_run, read_rows, write_rows
+from llava_collab.types import Answer, Model, Request
+
+if TYPE_CHECKING:
+    from llava_collab.data.samples import Sample
+
+
+FREQUENCIES = "caption_frequencies.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a record file holds of what was asked. Means are not here: they are computed from the rows (`report`)."""
+
+    asked: int
+    ok: int
+    errors: int
+
+    @property
+    def error_rate(self) -> float:
+        return self.errors / self.asked if self.asked else 0.0
+
+    def __str__(self) -> str:
+        return f"n={self.ok}/{self.asked}, {self.errors} errors"
+
+
+def evaluate(
+    model: Model,
+    samples: Sequence[Sample],
+    out_dir: Path,
+    *,
+    scorer: Scorer,
+    max_new_tokens: Mapping[str, int],
+    batch_size: int = 8,
+    split: str = "test",
+    identity: Mapping[str, Any] | None = None,
+    environment: Mapping[str, Any] | None = None,
+) -> Summary:
+    """Ask `model` every sample and write `out_dir/records.jsonl` and `run.json` (and the caption frequencies that scores rest on).
+
+    `max_new_tokens` is by category. `identity` is what else decides the numbers (model hash, prompt template, seed, ...); the data hash,
+    the metrics and the limits are added here. Batches hold questions of equal token limit and image count and similar length; they are laid
+    out before anything is skipped, so that a resumed run pads as an unbroken one does (but for the batch it was killed in).
+
+    Rows that are there already are kept; error rows are tried again. An answer with `error` becomes a row of status "error" without a
+    score. Exceptions of the model stop the run, with everything before them on disk.
+
+    Raises ValueError (repeated ids, a sample that can't be scored, a model that returns another number of answers) and RecordError
+    (`out_dir` is of another run).
+    """
+    _check(samples, scorer, max_new_tokens)
+    open_run(out_dir, run_identity(model, samples, scorer, max_new_tokens, split, identity or {}), environment or {})
+    if scorer.context.frequencies is not None:
+        scorer.context.frequencies.save(out_dir / FREQUENCIES)
+    done = _resume(out_dir, {sample.id for sample in samples})
+    with (
+        (out_dir / RECORDS).open("a", encoding="utf-8") as file,
+        tqdm(total=len(samples), initial=len(done), unit="item", desc="eval") as bar,
+    ):
+        for batch in _batches(samples, max_new_tokens, batch_size):
+            batch = [sample for sample in batch if sample.id not in done]
+            if not batch:
+                continue
+            start = time.perf_counter()
+            answers = model.generate([sample.request(max_new_tokens[sample.category]) for sample in batch])
+            seconds = (time.perf_counter() - start) / len(batch)
+            if len(answers) != len(batch):
+                raise ValueError(f"{model.name} gave {len(answers)} answers to {len(batch)} requests; a Model gives one each, in order")
+            for sample, answer in zip(batch, answers, strict=True):
+                file.write(dump(_row(sample, answer, scorer, max_new_tokens, split, seconds)))
+            file.flush()
+            bar.update(len(batch))
+    statuses = Counter(row["status"] for row in read_rows(out_dir))
+    return Summary(len(samples), statuses["ok"], statuses["error"])
+
+
+def run_identity(
+    model: Model, samples: Sequence[Sample], scorer: Scorer, max_new_tokens: Mapping[str, int], split: str, more: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What must be equal for two runs to be the same one; also what a reader needs to trust a number."""
+    frequencies = scorer.context.frequencies
+    metrics = {"version": VERSION, "categories": dict(scorer.categories)}
+    metrics["families"] = {f"{category}/{family}": metric for (category, family), metric in sorted(scorer.families.items())}
+    metrics["frequencies_sha256"] = frequencies.sha256() if frequencies else None
+    metrics["objects_sha256"] = _sha256(scorer.context.objects)
+    return {
+        "model": model.name,
+        "split": split,
+        "data_sha256": data_sha256(samples),
+        "items": dict(sorted(Counter(sample.category for sample in samples).items())),
+        "max_new_tokens": dict(max_new_tokens),
+        "metrics": metrics,
+        **more,
+    }
+
+
+def data_sha256(samples: Sequence[Sample]) -> str:
+    """Hash of what is asked and what counts as right: ids, turns, image file names and references, whatever the order of the samples."""
+    rows = [[s.id, [[t.role, t.text] for t in s.turns], [_image_name(i) for i in s.images], list(references(s))] for s in samples]
+    return _sha256(sorted(rows))
+
+
+def choose(samples: Sequence[Sample], items_per_category: int | None, seed: int) -> list[Sample]:
+    """At most so many items of each category, by the hash of seed and id: neither the file's order nor other items matter."""
+    if items_per_category is None:
+        return list(samples)
+    taken: Counter[str] = Counter()
+    chosen: set[str] = set()
+    for sample in sorted(samples, key=lambda sample: hashlib.sha256(f"{seed}/{sample.id}".encode()).digest()):
+        if taken[sample.category] < items_per_category:
+            taken[sample.category] += 1
+            chosen.add(sample.id)
+    return [sample for sample in samples if sample.id in chosen]
+
+
+def prompt_text(request: Request) -> str:
+    """The prompt as it stands in a record: the user's text, or every turn with its role where there are several."""
+    if len(request.turns) == 1:
+        return request.turns[0].text
+    return "\n".join(f"{turn.role}: {turn.text}" for turn in request.turns)
+
+
+def _check(samples: Sequence[Sample], scorer: Scorer, max_new_tokens: Mapping[str, int]) -> None:
+    repeated = [sample_id for sample_id, count in Counter(sample.id for sample in samples).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{len(repeated)} sample ids are there twice, the first is {repeated[0]!r}; records are kept by id")
+    missing = {sample.category for sample in samples} - max_new_tokens.keys()
+    if missing:
+        raise ValueError(f"no max_new_tokens for {sorted(missing)}; add these categories to the suite")
+    scorer.check(samples)
+
+
+def _resume(folder: Path, asked: set[str]) -> set[str]:
+    """Ids that are answered already; drops error rows, rows of nobody asked, and a half-written last line from the file."""
+    path = folder / RECORDS
+    if not path.is_file():
+        return set()
+    rows = [row for row in read_rows(folder) if row["status"] == "ok" and row["sample_id"] in asked]
+    if "".join(map(dump, rows)).encode() != path.read_bytes():
+        write_rows(folder, rows)
+    return {row["sample_id"] for row in rows}
+
+
+def _batches(samples: Sequence[Sample], max_new_tokens: Mapping[str, int], batch_size: int) -> Iterator[list[Sample]]:
+    def key(sample: Sample) -> tuple[int, int, int, str]:
+        length = sum(len(turn.text) for turn in sample.request().turns)
+        return max_new_tokens[sample.category], len(sample.images), length, sample.id
+
+    batch: list[Sample] = []
+    for sample in sorted(samples, key=key):
+        if batch and (len(batch) == batch_size or key(sample)[:2] != key(batch[0])[:2]):
+            yield batch
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield batch
+
+
+def _row(sample: Sample, answer: Answer, scorer: Scorer, max_new_tokens: Mapping[str, int], split: str, seconds: float) -> Row:
+    scored = None if answer.error is not None else scorer.score(answer.text, sample)
+    row: Row = {
+        "sample_id": sample.id,
+        "category": sample.category,
+        "family": sample.family,
+        "split": split,
+        "prompt": prompt_text(sample.request(max_new_tokens[sample.category])),
+        "output": answer.text,
+        "references": list(references(sample)),
+        "score": round(scored.score, 4) if scored else None,
+        "metric": scored.metric if scored else scorer.metric(sample),
+        "scores": {name: round(value, 4) for name, value in scored.scores.items()} if scored else {},
+        "status": "ok" if scored else "error",
+        "error": answer.error,
+        "usage": dataclasses.asdict(answer.usage),
+        "model": answer.model,
+        "seconds": round(seconds, 6),
+    }
+    if "images_from" in sample.meta:
+        row["images_from"] = sample.meta["images_from"]
+    return row
+
+
+def _image_name(image: Any) -> str:
+    return image.name if isinstance(image, Path) else type(image).__name__
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()

@@ -1,0 +1,291 @@
+"""Metrics: an output and its sample in, a score of 0 to 100 out, with further figures beside it.
+
+| name | score | checked against |
+|---|---|---|
+| `vqa` | VQA soft accuracy where the sample carries `human_answers`, else normalised exact match | VQA v2 rules (transcribed) |
+| `accuracy` | closed answers: yes/no, options, exact match | own rules |
+| `caption` | 10 x CIDEr-D, which is 0..100 (the literature prints 100 x CIDEr-D); BLEU-4 beside | pycocoevalcap (recorded), sacrebleu |
+| `description` | ROUGE-L F; checklist recall, CHAIR and length beside | rouge-score |
+| `story` | ROUGE-L F; beats recall beside | rouge-score |
+| `rouge_l` | ROUGE-L F | rouge-score |
+| `anls` | normalised Levenshtein similarity, threshold 0.5; `accuracy` for items with `choices` | anls-star |
+| `relaxed` | within 5 % for numbers, ANLS for the rest; `accuracy` for items with `choices` | traps in tests |
+
+Several references: the best one counts (except CIDEr-D, which averages, and soft accuracy, which counts annotators).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from llava_collab.evaluation.captions import DocumentFrequencies, cider_d
+from llava_collab.evaluation.text import caption_tokens, find_phrases, normalise_answer, parse_number, phrase_key, polarity
+
+if TYPE_CHECKING:
+    from llava_collab.data.samples import Sample
+
+VERSION = "1"
+"""Changes with every change that can move a score; part of a run's identity."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """`score` 0..100; `metric` is what was computed; `scores` are further figures (0..100, lengths in words)."""
+
+    score: float
+    metric: str
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What metrics know beyond the item: n-gram frequencies of the training captions, and every object name of the data set."""
+
+    frequencies: DocumentFrequencies | None = None
+    objects: tuple[tuple[str, ...], ...] = ()
+
+    @classmethod
+    def of(cls, train: Sequence[Sample], samples: Sequence[Sample], categories: Mapping[str, str]) -> Context:
+        """Frequencies from the training samples of categories with metric `caption` (None without any); objects from training and
+        evaluation samples of those with `description` (elsewhere `objects` may be labels of a chart).
+        """
+        captions = [references(sample) for sample in train if categories.get(sample.category) == "caption"]
+        described = [sample for sample in (*train, *samples) if categories.get(sample.category) == "description"]
+        objects = {key for sample in described for key in _object_keys(sample.meta)}
+        return cls(DocumentFrequencies.of(captions) if captions else None, tuple(sorted(objects)))
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Which metric scores which sample: by category, with exceptions `(category, family)`."""
+
+    categories: Mapping[str, str]
+    families: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    context: Context = field(default_factory=Context)
+
+    def __post_init__(self) -> None:
+        for name in {*self.categories.values(), *self.families.values()}:
+            if name not in METRICS:
+                raise ValueError(f"no metric {name!r}; there are {', '.join(METRICS)}")
+
+    def metric(self, sample: Sample) -> str:
+        """Name of the sample's metric. Raises ValueError for a category without one."""
+        name = self.families.get((sample.category, sample.family)) or self.categories.get(sample.category)
+        if name is None:
+            raise ValueError(
+                f"sample {sample.id!r}: category {sample.category!r} has no metric; the suite knows {', '.join(self.categories)}"
+            )
+        return name
+
+    def check(self, samples: Iterable[Sample]) -> None:
+        """Raise ValueError for the first sample that can't be scored, before any model time is spent."""
+        for sample in samples:
+            if self.metric(sample) == "caption" and self.context.frequencies is None:
+                raise ValueError(f"sample {sample.id!r}: captions are scored with training frequencies; name a train file in the suite")
+            if not references(sample):
+                raise ValueError(f"sample {sample.id!r}: no reference answer; give it `answers` or a last turn of the assistant")
+
+    def score(self, output: str, sample: Sample) -> Scored:
+        return METRICS[self.metric(sample)](output, sample, self.context)
+
+
+def references(sample: Sample) -> tuple[str, ...]:
+    """The sample's answers, or the text of its last turn where that is the assistant's."""
+    if sample.answers:
+        return sample.answers
+    return (sample.turns[-1].text,) if sample.turns and sample.turns[-1].role == "assistant" else ()
+
+
+def vqa(output: str, sample: Sample, context: Context) -> Scored:
+    """`vqa_soft` where `meta["human_answers"]` lists one answer an annotator (two or more), else `exact_match`."""
+    people = sample.meta.get("human_answers") or ()
+    if len(people) >= 2:
+        return Scored(100.0 * soft_accuracy(output, people), "vqa_soft", _yes(output, people))
+    options = references(sample)
+    return Scored(100.0 * any(same_answer(output, option) for option in options), "exact_match", _yes(output, options))
+
+
+def soft_accuracy(output: str, people: Sequence[str]) -> float:
+    """VQA accuracy, 0..1: mean over annotators left out of min(1, matches among the others / 3) (Antol et al. 2015).
+
+    With fewer than four annotators the 3 becomes the number of the others, so that full agreement still gives 1.
+    """
+    matches = [same_answer(output, answer) for answer in people]
+    needed = min(3, len(people) - 1)
+    return sum(min(1.0, (sum(matches) - own) / needed) for own in matches) / len(people)
+
+
+def same_answer(left: str, right: str) -> bool:
+    """Equal after the VQA normaliser; where it leaves nothing (the option `A` is an article), equal but for case and marks."""
+    a, b = normalise_answer(left), normalise_answer(right)
+    if a or b:
+        return a == b
+    return left.strip(" .()").lower() == right.strip(" .()").lower()
+
+
+def accuracy(output: str, sample: Sample, context: Context) -> Scored:
+    """Closed answers: equal, the same yes/no in the first word, the same option letter, or the only one of `choices` that is named."""
+    options = references(sample)
+    choices = [str(choice) for choice in sample.meta.get("choices") or ()]
+    right = any(same_answer(output, option) for option in options)
+    if not right and _is_polar(options[0]):
+        right = polarity(output) == polarity(options[0])
+    elif not right:
+        right = any(same_answer(picked, option) for picked in _picked(output, choices) for option in options)
+    return Scored(100.0 * right, "accuracy", _yes(output, options))
+
+
+def _picked(output: str, choices: Sequence[str]) -> list[str]:
+    """What the output chooses, in every way to say it: its option letter, and the text of that option."""
+    match = re.fullmatch(r"\s*\(?([A-Z])(?:[.):].*|\s*)", output, re.DOTALL)
+    if match:
+        index = ord(match[1]) - ord("A")
+        return [match[1], choices[index]] if index < len(choices) else [match[1]]
+    named = set(find_phrases(output, [phrase_key(choice) for choice in choices]))
+    if len(named) != 1:
+        return []
+    index = next(i for i, choice in enumerate(choices) if phrase_key(choice) in named)
+    return [choices[index], chr(ord("A") + index)]
+
+
+def _is_polar(answer: str) -> bool:
+    return normalise_answer(answer) in {"yes", "no", "true", "false"}
+
+
+def _yes(output: str, options: Sequence[str]) -> dict[str, float]:
+    """For yes/no items: did it say yes, is yes right; balanced accuracy and yes-rate are computed from these."""
+    if not _is_polar(options[0]):
+        return {}
+    return {"said_yes": 100.0 * (polarity(output) is True), "is_yes": 100.0 * (polarity(options[0]) is True)}
+
+
+def caption(output: str, sample: Sample, context: Context) -> Scored:
+    """10 x CIDEr-D with training frequencies. Raises ValueError without these."""
+    import sacrebleu
+
+    if context.frequencies is None:
+        raise ValueError("captions are scored with training frequencies; name a train file in the suite")
+    value = cider_d(output, references(sample), context.frequencies)
+    bleu = sacrebleu.sentence_bleu(output, list(references(sample))).score
+    beside = {"cider_d_x100": 100.0 * value, "bleu4_sentence": bleu, "rouge_l": rouge_l(output, references(sample))}
+    return Scored(10.0 * value, "cider_d", {**beside, "words": float(len(caption_tokens(output)))})
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=False)
+
+
+def rouge_l(output: str, options: Sequence[str]) -> float:
+    """ROUGE-L F (rouge-score, no stemming), best over the references, 0..100."""
+    return 100.0 * _rouge().score_multi(list(options), output)["rougeL"].fmeasure
+
+
+def _rouge_only(output: str, sample: Sample, context: Context) -> Scored:
+    return Scored(rouge_l(output, references(sample)), "rouge_l", {"words": float(len(output.split()))})
+
+
+def description(output: str, sample: Sample, context: Context) -> Scored:
+    """ROUGE-L F; recall of `meta["checklist"]`; CHAIR over the objects of the data set; length in words."""
+    beside = {"words": float(len(output.split())), **recall(output, sample.meta, "checklist")}
+    if context.objects and "objects" in sample.meta:
+        beside |= chair(output, set(_object_keys(sample.meta)), context.objects)
+    return Scored(rouge_l(output, references(sample)), "rouge_l", beside)
+
+
+def story(output: str, sample: Sample, context: Context) -> Scored:
+    """ROUGE-L F; recall of `meta["beats"]`; length in words."""
+    beside = {"words": float(len(output.split())), **recall(output, sample.meta, "beats")}
+    return Scored(rouge_l(output, references(sample)), "rouge_l", beside)
+
+
+def recall(output: str, meta: Mapping[str, Any], key: str) -> dict[str, float]:
+    """`{key}_recall`: per cent of the phrases in `meta[key]` that the output holds (singular, articles aside); {} without any."""
+    phrases = [phrase for phrase in map(phrase_key, meta.get(key) or ()) if phrase]
+    if not phrases:
+        return {}
+    text = f" {' '.join(phrase_key(output))} "
+    return {f"{key}_recall": 100.0 * sum(f" {' '.join(phrase)} " in text for phrase in phrases) / len(phrases)}
+
+
+def chair(output: str, present: set[tuple[str, ...]], objects: Sequence[tuple[str, ...]]) -> dict[str, float]:
+    """Object hallucination (CHAIR, Rohrbach et al. 2018): `chair_i` per cent of the objects named that are not there, `chair_s` any at all.
+
+    Object names are matched as words; there is no synonym list. `chair_i` is left out where no object is named.
+    """
+    named = set(find_phrases(output, objects))
+    wrong = named - present
+    beside = {"chair_s": 100.0 * bool(wrong), "objects_named": float(len(named))}
+    return {**beside, "chair_i": 100.0 * len(wrong) / len(named)} if named else beside
+
+
+def _object_keys(meta: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [key for key in (phrase_key(str(name)) for name in meta.get("objects") or ()) if key]
+
+
+def anls(output: str, options: Sequence[str], threshold: float = 0.5) -> float:
+    """Best 1 - edit distance / longer length over the references, 0 below the threshold; 0..1 (Biten et al. 2019)."""
+    best = 0.0  # case and spacing don't count, as in anls-star
+    prediction = " ".join(output.lower().split())
+    for option in options:
+        target = " ".join(option.lower().split())
+        longer = max(len(prediction), len(target))
+        similarity = 1.0 - _edit_distance(prediction, target) / longer if longer else 1.0
+        best = max(best, similarity if similarity >= threshold else 0.0)
+    return best
+
+
+def _edit_distance(left: str, right: str) -> int:
+    row = list(range(len(right) + 1))
+    for i, a in enumerate(left, start=1):
+        diagonal, row[0] = row[0], i
+        for j, b in enumerate(right, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
+    return row[-1]
+
+
+def _anls(output: str, sample: Sample, context: Context) -> Scored:
+    if sample.meta.get("choices"):  # a near miss among choices is another choice: South America is not North America
+        return accuracy(output, sample, context)
+    options = references(sample)
+    return Scored(100.0 * anls(output, options), "anls", {"exact_match": 100.0 * any(same_answer(output, option) for option in options)})
+
+
+def relaxed(output: str, sample: Sample, context: Context) -> Scored:
+    """Relaxed accuracy (Methani et al. 2020, ChartQA) for numeric references, ANLS for others.
+
+    Differs from ChartQA's code where that misfires: a target of 0 wants 0 as a number (`0.0` is right), `%` is a unit (`5%` is `5`, and
+    0.05 is neither), thousands separators are read. Years fall under the tolerance as well; give such families `accuracy` in the suite.
+    """
+    if sample.meta.get("choices"):
+        return accuracy(output, sample, context)
+    options = references(sample)
+    best = max(_relaxed_one(output, option) for option in options)
+    return Scored(100.0 * best, "relaxed_accuracy", {"exact_match": 100.0 * any(same_answer(output, option) for option in options)})
+
+
+def _relaxed_one(output: str, option: str, tolerance: float = 0.05) -> float:
+    target = parse_number(option)
+    if target is None:
+        return anls(output, [option])
+    value = parse_number(output)
+    # The bound is widened by rounding error only: 95 for 100 is inside.
+    return float(value is not None and abs(value - target) <= tolerance * abs(target) * (1 + 1e-9))
+
+
+METRICS: dict[str, Callable[[str, Sample, Context], Scored]] = {
+    "vqa": vqa,
+    "accuracy": accuracy,
+    "caption": caption,
+    "description": description,
+    "story": story,
+    "rouge_l": _rouge_only,
+    "anls": _anls,
+    "relaxed": relaxed,
+}

@@ -1,0 +1,109 @@
+"""Record files: one JSON row a sample in `records.jsonl`, and what produced them in `run.json` beside it.
+
+Rows are appended and flushed as answers come, so that a killed run loses nothing but the line it was writing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_collab.training.files import sha256, write_json, write_text
+
+RECORDS = "records.jsonl"
+RUN = "run.json"
+Row = dict[str, Any]
+
+
+class RecordError(ValueError):
+    """A record folder that can't be read or belongs to another run; the message names the file and the cure."""
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """All whole rows of `folder/records.jsonl`; a half-written last line is left out. Raises RecordError for a broken or repeated row."""
+    path = folder / RECORDS
+    if not path.is_file():
+        raise RecordError(f"{path}: no such file; run eval/run.py with --out {folder} first")
+    rows: list[Row] = []
+    seen: set[str] = set()
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            sample_id = row["sample_id"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise RecordError(f"{path}:{number}: not a record ({error}); remove this line and run again") from error
+        if sample_id in seen:
+            raise RecordError(
+                f"{path}:{number}: sample {sample_id!r} is there twice; two runs wrote to this folder, delete it and run again"
+            )
+        seen.add(sample_id)
+        rows.append(row)
+    return rows
+
+
+def write_rows(folder: Path, rows: Iterable[Row]) -> None:
+    """Replace `folder/records.jsonl` as a whole, atomically."""
+    write_text(folder / RECORDS, "".join(dump(row) for row in rows))
+
+
+def dump(row: Mapping[str, Any]) -> str:
+    """One row as its line."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The header `run.json`; raises RecordError where it is missing or broken."""
+    path = folder / RUN
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path}: can't be read ({error}); an evaluation folder holds {RUN} and {RECORDS}") from error
+    if not isinstance(run, dict) or not isinstance(run.get("identity"), dict):
+        raise RecordError(f"{path}: has no `identity`; it was not written by eval/run.py")
+    return run
+
+
+def open_run(folder: Path, identity: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    """Create `run.json`, or check that the one there is of the same run.
+
+    `identity` decides the numbers (model, data, prompt template, metrics, limits) and must be equal to go on; `environment` (versions,
+    hardware, command) is kept for the reader. Raises RecordError that names every field that differs.
+    """
+    if not (folder / RUN).is_file():
+        if (folder / RECORDS).exists():
+            raise RecordError(f"{folder}: has {RECORDS} but no {RUN}, so nobody knows what they are of; choose another --out")
+        write_json(folder / RUN, {"identity": dict(identity), "environment": dict(environment)})
+        return
+    changes = differing(read_run(folder)["identity"], json.loads(json.dumps(dict(identity))))
+    if changes:
+        lines = "\n".join(f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in changes.items())
+        raise RecordError(
+            f"{folder / RUN}: is of another run, and these fields differ:\n{lines}\nChoose another --out, or delete this folder."
+        )
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Fields (dotted where nested) whose values differ, with both values; a missing field counts as None."""
+    changes: dict[str, tuple[Any, Any]] = {}
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changes |= {f"{name}.{inner}": pair for inner, pair in differing(before, after).items()}
+        elif before != after:
+            changes[name] = (before, after)
+    return changes
+
+
+def model_sha256(folder: Path) -> str:
+    """One hash of what decides a model's answers: its `config.json` and every `*.safetensors`, by name and bytes.
+
+    Raises RecordError for a folder without them.
+    """
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    if len(files) < 2 or not files[0].is_file():
+        raise RecordError(f"{folder}: not a model folder (no config.json, or no *.safetensors beside it)")
+    lines = [f"{file.name} {sha256(file)}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,0 +1,113 @@
+"""Text normalisation that scores rest on: short answers (VQA), captions (COCO), numbers, yes/no answers and phrases.
+
+Every function is pure and offline, so that a score can be recomputed from a record file anywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+ARTICLES = frozenset({"a", "an", "the"})
+NUMBER_WORDS = {
+    word: str(number)
+    for number, words in enumerate(
+        [("zero", "none"), ("one",), ("two",), ("three",), ("four",), ("five",), ("six",), ("seven",), ("eight",), ("nine",), ("ten",)]
+    )
+    for word in words
+}
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+# Contractions without their apostrophe, by ending. Ambiguous words (its, were, well, ill, shed, id) stay, as in the official list.
+_STEMS = {
+    "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
+    "'ve": "could might must not should they we what where who would you",
+    "'s": "he how somebody someone that there what when where who why",
+    "'d": "he how it someone something there they where who you",
+    "'ll": "how it somebody someone something they what who why you",
+    "'re": "there they what why you",
+}
+CONTRACTIONS = {stem + ending.replace("'", ""): stem + ending for ending, stems in _STEMS.items() for stem in stems.split()}
+CONTRACTIONS |= {"maam": "ma'am", "oclock": "o'clock", "twas": "'twas", "yall": "y'all"}
+
+_POLARITY = {"yes": True, "true": True, "no": False, "false": False}
+_NUMBER = re.compile(r"[$€£¥]?\s*([-+−]?)[$€£¥]?\s*(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?\s*%?")
+# PTB-like pieces: clitics as their own token, numbers with inner marks whole, hyphenated words whole.
+_CAPTION_PIECE = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,:]\d+)+|\w+?(?=n't\b)|\w+(?:-\w+)*|[^\w\s]")
+_CAPTION_DROPPED = frozenset("'`.?!,:;-\"()[]{}“”‘’…–—")
+
+
+def normalise_answer(text: str) -> str:
+    """The normaliser of the VQA challenge (VQA v2 evaluation code): punctuation, lower case, number words, articles, contractions.
+
+    A mark next to a space, or any mark where the text holds a number such as `1,000`, vanishes; other marks become a space. Full stops
+    vanish unless a digit follows. Contractions of one apostrophe are restored (`dont` -> `don't`); those of two (`couldntve`) are not.
+    """
+    text = text.replace("\n", " ").replace("\t", " ").replace("’", "'").strip()
+    grouped = re.search(r"\d,\d", text) is not None
+    cleaned = text
+    for mark in _PUNCTUATION:
+        vanishes = grouped or f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if vanishes else " ")
+    words = [NUMBER_WORDS.get(word, word) for word in re.sub(r"\.(?!\d)", "", cleaned).lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def caption_tokens(text: str) -> list[str]:
+    """Lower-case tokens of a caption, without punctuation: a small stand-in for the Java PTBTokenizer of COCO's evaluation.
+
+    Agrees with it on plain captions (clitics split off, hyphenated words and times kept whole). Known difference: PTBTokenizer keeps
+    brackets as `-lrb-` and `-rrb-`, which are dropped here.
+    """
+    pieces = _CAPTION_PIECE.findall(text.lower().replace("’", "'"))
+    return [piece for piece in pieces if piece not in _CAPTION_DROPPED]
+
+
+def parse_number(text: str) -> float | None:
+    """The number that the whole text states, or None: `1,234.5`, `-3`, `$2.50`, `5%` (= 5: the sign is a unit, not a factor), `7.`."""
+    match = _NUMBER.fullmatch(text.strip().removesuffix("."))
+    if match is None or not (match[2] or match[3]):
+        return None
+    value = float((match[2] or "0").replace(",", "") + (match[3] or ""))
+    return -value if match[1] in ("-", "−") else value
+
+
+def polarity(text: str) -> bool | None:
+    """True for yes/true, False for no/false, judged by the first word; None for anything else."""
+    words = re.findall(r"[a-z]+", text.lower())
+    return _POLARITY.get(words[0]) if words else None
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-case words (letters and digits, inner apostrophes and hyphens kept)."""
+    return re.findall(r"\w+(?:['-]\w+)*", text.lower().replace("’", "'"))
+
+
+def singular(word: str) -> str:
+    """A rough singular, used on both sides of a comparison: `boxes` -> `box`, `cherries` -> `cherry`, `glass` stays."""
+    if len(word) > 4 and word.endswith("ies"):
+        return word[:-3] + "y"
+    if len(word) > 4 and word.endswith(("ches", "shes", "xes", "sses")):
+        return word[:-2]
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
+
+
+def phrase_key(text: str) -> tuple[str, ...]:
+    """Words of a phrase as they are compared: singular, without articles, number words as digits."""
+    return tuple(singular(NUMBER_WORDS.get(word, word)) for word in words_of(text) if word not in ARTICLES)
+
+
+def find_phrases(text: str, phrases: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The phrases (as `phrase_key`s) that occur in the text; the longest wins where two overlap (`fire truck` is not also `truck`)."""
+    words = phrase_key(text)
+    by_first: dict[str, list[tuple[str, ...]]] = {}
+    for phrase in sorted(set(phrases), key=len, reverse=True):
+        if phrase:
+            by_first.setdefault(phrase[0], []).append(phrase)
+    found: list[tuple[str, ...]] = []
+    at = 0
+    while at < len(words):
+        hit = next((phrase for phrase in by_first.get(words[at], ()) if words[at : at + len(phrase)] == phrase), None)
+        if hit is not None:
+            found.append(hit)
+        at += len(hit) if hit else 1
+    return found
