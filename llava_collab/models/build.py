@@ -81,6 +81,7 @@ def build(spec: ModelSpec, seed: int = 0, dtype: torch.dtype = torch.float32) ->
     )
     with torch.device("cpu"):
         model = HyperLlavaForConditionalGeneration(config).to(dtype)
+    _initialise_new_parts(model, seed)
     _fp32_experts(model)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(decoder.model.state_dict())
@@ -144,6 +145,18 @@ def _read_config(folder: str | Path) -> PreTrainedConfig:
     if config.model_type not in ("llava", "hyper_llava"):
         raise ValueError(f"{folder} is a {config.model_type!r} checkpoint, not a LLaVA or HyperLLaVA; give it as a base (language_model) instead")
     return config
+
+
+def _initialise_new_parts(model: HyperLlavaForConditionalGeneration, seed: int) -> None:
+    """The projector from `seed` alone, then the experts: twins with and without experts start from the same static model."""
+    projector, language_expert = model.model.multi_modal_projector, model.model.language_expert
+    for linear in (projector.linear_1, projector.linear_2):
+        torch.manual_seed(seed)
+        linear.reset_parameters()
+    for number, expert in enumerate((projector.visual_expert, language_expert), start=1):
+        torch.manual_seed(seed + number)
+        if expert is not None:
+            expert.reset_parameters()
 
 
 def _fp32_experts(model: HyperLlavaForConditionalGeneration) -> None:

@@ -1,0 +1,59 @@
+"""LoRA on the language model by peft: put in, and merged into a full-precision base at the end."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from torch import nn
+
+from llava_collab.training.recipe import LoraRecipe, RecipeError
+
+
+def add_adapters(model: nn.Module, recipe: LoraRecipe) -> LoraModel:
+    """Put adapters on the language model's linear layers, in place; the returned tuner merges them later.
+
+    Raises ValueError (by peft) where no layer has a name of `recipe.target`.
+    """
+    names = "|".join(map(re.escape, recipe.target))
+    config = LoraConfig(
+        r=recipe.r,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=rf"model\.language_model\.layers\..*\.({names})",
+        bias="none",
+    )
+    return LoraModel(model, config, "default")
+
+
+def merge_adapters(tuner: LoraModel) -> nn.Module:
+    """The plain model with the adapters' update added to its weights (fp32); adapters are gone."""
+    return tuner.merge_and_unload(safe_merge=True)
+
+
+def require_4bit() -> None:
+    """Raise RecipeError with the cure where a 4-bit base can't work on this machine."""
+    if not torch.cuda.is_available():
+        raise RecipeError("tune.llm: lora4bit needs a CUDA GPU. Use tune.llm: lora (the same adapters on an unquantised base).")
+    try:
+        import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise RecipeError("tune.llm: lora4bit needs bitsandbytes: pip install bitsandbytes. Or use tune.llm: lora.") from error
+
+
+def quantise(model: nn.Module, device: torch.device) -> None:
+    """Store the language model's linear layers in 4 bits (NF4, bf16 arithmetic), in place, on a CUDA device (QLoRA, 2305.14314)."""
+    import bitsandbytes as bnb  # pyright: ignore[reportMissingImports]
+
+    blocks = model.get_submodule("model.language_model.layers")
+    linears = [(name, module) for name, module in blocks.named_modules() if type(module) is nn.Linear]
+    for name, linear in linears:
+        small = bnb.nn.Linear4bit(
+            linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=torch.bfloat16, quant_type="nf4"
+        )
+        small.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+        small.bias = linear.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(blocks.get_submodule(parent), leaf, small.to(device))

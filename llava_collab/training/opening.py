@@ -1,0 +1,138 @@
+"""How a run begins and ends: process set-up, the run folder, the model to train, and the plain model folder that comes out."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from peft.tuners.lora import LoraModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.utils.logging import disable_progress_bar
+
+from llava_collab.models.build import build, load
+from llava_collab.training.checkpoint import verify
+from llava_collab.training.components import EXPERTS, Named, cast_frozen, choose_trainable, component_of
+from llava_collab.training.files import publish, read_json, write_json
+from llava_collab.training.lora import add_adapters, merge_adapters, quantise, require_4bit
+from llava_collab.training.recipe import Recipe, RecipeError
+from llava_collab.training.recipe_file import differences, load_recipe, save_recipe
+
+TRAINABLE = "trainable.safetensors"
+
+
+def start(recipe: Recipe) -> Accelerator:
+    """Threads, seed, device and ranks. Raises RuntimeError for an engine that the loop does not speak."""
+    if recipe.run.threads is not None:
+        torch.set_num_threads(recipe.run.threads)
+    disable_progress_bar()  # transformers shows one for every shard it writes; the run has its own
+    accelerator = Accelerator(mixed_precision="bf16" if recipe.run.precision == "bf16" else "no", cpu=not torch.cuda.is_available())
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:  # each would train alone and write to the same folder
+        raise RuntimeError(f"launched as {launched} processes, but {accelerator.num_processes} joined; use torchrun or accelerate launch.")
+    engine = accelerator.distributed_type.name
+    if engine not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise RuntimeError(f"this loop trains on one device or data-parallel, not under {engine}: launch it with torchrun or plain python.")
+    set_seed(recipe.run.seed)
+    return accelerator
+
+
+def open_run(recipe: Recipe, accelerator: Accelerator) -> bool:
+    """Make or check the run folder; False if the run is finished. Raises RecipeError if it belongs to another recipe."""
+    run = Path(recipe.run.out)
+    saved = run / "recipe.yaml"
+    if saved.exists():
+        changed = differences(load_recipe(saved), recipe)
+        if changed:
+            lines = "\n  ".join(changed)
+            raise RecipeError(f"{run} holds a run of another recipe:\n  {lines}\nGive another run.out or the old values.")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_recipe(recipe, saved)
+    if (run / "finished.json").exists():
+        accelerator.print(f"{run} is finished ({read_json(run / 'finished.json')['step']} steps); the model is in {run / 'model'}.")
+        return False
+    return True
+
+
+@dataclass
+class Student:
+    """The model that learns, with what goes with it."""
+
+    model: Any
+    processor: Any
+    trainable: Named
+    tuner: LoraModel | None
+
+    def write(self, folder: Path) -> None:
+        """The weights for a checkpoint: a loadable model folder; with adapters only what is trained (the base can be built again)."""
+        if self.tuner is None:
+            self.model.save_pretrained(folder)
+        else:
+            save_file({name: p.detach().cpu().contiguous() for name, p in self.trainable.items()}, folder / TRAINABLE)
+        self.processor.save_pretrained(folder)
+
+
+def open_student(recipe: Recipe, checkpoint: Path | None, device: torch.device) -> Student:
+    """Build the recipe's model, or take a checkpoint's weights; freeze what the recipe freezes; put it on the device, ready to train."""
+    adapters = recipe.tune.llm in ("lora", "lora4bit")
+    if recipe.tune.llm == "lora4bit":
+        require_4bit()
+    if checkpoint is None or adapters:
+        model, processor = build(recipe.model, seed=recipe.run.seed)
+    else:
+        model, processor = load(checkpoint, dtype=torch.float32)
+    if recipe.tune.llm == "lora4bit":
+        quantise(model, device)
+    tuner = add_adapters(model, recipe.tune.lora) if adapters else None
+    trainable = choose_trainable(model, recipe.tune)
+    if adapters and checkpoint is not None:
+        load_trainable(trainable, load_file(checkpoint / TRAINABLE))
+    if recipe.run.precision == "bf16":
+        cast_frozen(model, torch.bfloat16)
+    if recipe.run.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    nn.Module.to(model, device)
+    model.get_submodule("model.vision_tower").eval()  # its batch statistics, where it has any, are never those of a step
+    return Student(model, processor, trainable, tuner)
+
+
+@torch.no_grad()
+def load_trainable(trainable: Named, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy saved values into the trainable parameters; ValueError unless the names are the same."""
+    if tensors.keys() != trainable.keys():
+        odd = sorted(tensors.keys() ^ trainable.keys())
+        raise ValueError(f"the saved weights are not those that this recipe trains; they differ in {odd[:5]}.")
+    for name, parameter in trainable.items():
+        parameter.copy_(tensors[name])
+
+
+def finish(recipe: Recipe, student: Student, step: int) -> Path:
+    """Write `<run>/model`, a plain model folder in the run's precision (experts fp32), and mark the run finished.
+
+    Adapters are merged, in fp32, into the recipe's base built anew, so that a frozen base stored in fewer bits leaves no trace.
+    """
+    run = Path(recipe.run.out)
+    model: nn.Module = student.model
+    if student.tuner is not None:
+        base, _ = build(recipe.model, seed=recipe.run.seed)
+        tuner = add_adapters(base, recipe.tune.lora)
+        load_trainable(choose_trainable(base, recipe.tune), {name: p.detach().cpu() for name, p in student.trainable.items()})
+        model = merge_adapters(tuner)
+    if recipe.run.precision == "bf16":
+        for name, parameter in model.named_parameters():
+            if component_of(name) not in EXPERTS:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    temporary = run / ".model.tmp"
+    model.save_pretrained(temporary)  # pyright: ignore[reportCallIssue]
+    student.processor.save_pretrained(temporary)
+    verify(temporary, dict(model.named_parameters()))
+    publish(temporary, run / "model")
+    write_json(run / "finished.json", {"step": step})
+    return run / "model"

@@ -1,0 +1,168 @@
+"""The build of CMT-open from a miniature of the assets: splits apart, same bytes every time, resumable, answers that fit the pictures."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_cmt_sources import make_assets
+
+from llava_collab.cmt import CATEGORIES, SPLITS, build_cmt, contact_sheet
+from llava_collab.cmt.families import BY_NAME
+from llava_collab.cmt.items import pool_of
+from llava_collab.cmt.sources import read_world
+
+SIZES = dict(train=140, val=21, test=42, decision=21, test_object=42, test_template=21)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return read_world(make_assets(tmp_path_factory.mktemp("assets")))
+
+
+@pytest.fixture(scope="module")
+def built(world, tmp_path_factory):
+    return build_cmt(tmp_path_factory.mktemp("cmt"), **SIZES, workers=1, world=world)
+
+
+def rows_of(folder: Path, split: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf8").splitlines()]
+
+
+def every_row(folder: Path) -> list[dict]:
+    return [row for split in SPLITS for row in rows_of(folder, split)]
+
+
+def bytes_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_sizes_and_even_spread_over_categories(built):
+    for split in SPLITS:
+        rows = rows_of(built, split)
+        counts = Counter(row["category"] for row in rows)
+        assert len(rows) == SIZES[split.replace("-", "_")]
+        assert set(counts) == set(CATEGORIES) and max(counts.values()) - min(counts.values()) <= 1
+        assert [row["category"] for row in rows[:7]] == list(CATEGORIES), "any first part of a file must hold all categories"
+
+
+def test_rows_are_well_formed_and_images_exist(built):
+    rows = every_row(built)
+    assert len({row["id"] for row in rows}) == len(rows)
+    for row in rows:
+        human, gpt = row["conversations"]
+        assert human["value"].count("<image>") == len(row["image"]) >= 1
+        assert gpt["value"] == row["answers"][0] != ""
+        assert all((built / name).is_file() for name in row["image"])
+        assert len(human["value"].replace("<image>", "").split()) <= 45 and len(gpt["value"].split()) <= 45
+    sizes = {Image.open(built / name).size for row in rows for name in row["image"]}
+    assert sizes == {(224, 224)}
+
+
+def test_no_picture_is_shared_between_splits(built):
+    owners: dict[str, set[str]] = {}
+    for row in every_row(built):
+        for name in row["image"]:
+            owners.setdefault(name, set()).add(row["split"])
+    assert all(len(splits) == 1 for splits in owners.values())
+
+
+def test_train_shares_pictures_and_tests_do_not(built):
+    train, test = rows_of(built, "train"), rows_of(built, "test")
+    assert len({name for row in train for name in row["image"]}) < 0.6 * len(train)
+    assert max(Counter(name for row in test for name in row["image"]).values()) == 1
+
+
+def test_objects_of_train_and_test_object_are_disjoint(built, world):
+    known = {thing.name for thing in pool_of(world, "train").things}
+    new = {thing.name for thing in pool_of(world, "test-object").things}
+    assert not known & new
+    for category in CATEGORIES:  # a word on a receipt may name what another category shows: names are compared within a category
+        seen, unseen = (
+            {name for row in rows_of(built, split) if row["category"] == category for name in row["objects"]}
+            for split in ("train", "test-object")
+        )
+        assert not seen & unseen, category
+        if category.startswith(("Visual", "Spatial")):
+            assert not seen & new and not unseen & known, category
+
+
+def test_templates_of_test_template_are_its_own(built):
+    for split in SPLITS:
+        held_out = [row["template"].split("/")[1].startswith("h") for row in rows_of(built, split)]
+        assert all(held_out) if split == "test-template" else not any(held_out)
+
+
+def test_scorer_fields(built):
+    for row in every_row(built):
+        if row["family"] in ("inventory", "inventory_part"):
+            assert all(part in row["answers"][0] for part in row["checklist"])
+        if row["family"] in ("story", "ending"):
+            assert len(row["image"]) == 3 and all(beat in row["answers"][0] for beat in row["beats"])
+        if "choices" in row:
+            assert set(row["answers"]) & set(row["choices"]) and len(set(row["choices"])) == len(row["choices"])
+
+
+def test_worker_count_and_sizes_do_not_change_items(built, world, tmp_path):
+    more = {**SIZES, "train": 210, "test": 49}
+    other = build_cmt(tmp_path / "two", **more, workers=2, world=world)
+    for split in SPLITS:
+        mine, theirs = ({row["id"]: row for row in rows_of(folder, split)} for folder in (built, other))
+        assert all(theirs[key] == row for key, row in mine.items())
+    pictures = bytes_below(built / "images")
+    assert pictures == {name: data for name, data in bytes_below(other / "images").items() if name in pictures}
+
+
+def test_interrupted_build_resumes_to_the_same_bytes(built, world, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(built, broken)
+    part = broken / "parts" / "train--vqa.jsonl"
+    text = part.read_text(encoding="utf8")
+    part.write_text(text[: 2 * len(text) // 3], encoding="utf8")  # stopped in the middle of a line
+    (broken / "parts" / "test--ocr.jsonl").unlink()
+    damaged, gone = sorted((broken / "images/train/spatial").iterdir())[:2]
+    damaged.write_bytes(damaged.read_bytes()[:10])
+    gone.unlink()
+    untouched = sorted((broken / "images/train/caption").iterdir())[0]
+    before = untouched.stat().st_mtime_ns
+    build_cmt(broken, **SIZES, workers=1, world=world)
+    assert untouched.stat().st_mtime_ns == before, "a finished picture was drawn again"
+    outputs = [{name: data for name, data in bytes_below(folder).items() if not name.startswith("parts/")} for folder in (built, broken)]
+    assert outputs[0] == outputs[1]
+
+
+def test_other_sources_start_afresh(built, world, tmp_path):
+    """Parts made from other source files carry another fingerprint and are not mixed in."""
+    copy = tmp_path / "copy"
+    shutil.copytree(built, copy)
+    stale = sorted((copy / "images/val/vqa").iterdir())[0]
+    before = stale.stat().st_mtime_ns
+    changed = type(world)(**{**vars(world), "files": {**world.files, "extra": "0" * 64}})
+    build_cmt(copy, train=0, val=7, test=0, decision=0, test_object=0, test_template=0, workers=1, world=changed)
+    assert stale.stat().st_mtime_ns != before
+
+
+def test_manifest_and_card(built):
+    manifest = json.loads((built / "manifest.json").read_text(encoding="utf8"))
+    assert manifest["splits"]["train"]["items"] == SIZES["train"] and len(manifest["splits"]["train"]["sha256"]) == 64
+    assert not set(manifest["train_backgrounds"]) & set(manifest["test_backgrounds"])
+    assert manifest["licences"]["tuxpaint-stamps-default"] == "GPL-2.0"
+    assert "CMT-open" in (built / "README.md").read_text(encoding="utf8")
+
+
+def test_bad_arguments(world, tmp_path):
+    with pytest.raises(ValueError, match="workers"):
+        build_cmt(tmp_path, **SIZES, workers=0, world=world)
+    with pytest.raises(ValueError, match="negative"):
+        build_cmt(tmp_path, **{**SIZES, "val": -1}, workers=1, world=world)
+
+
+def test_contact_sheet(built, tmp_path):
+    page = contact_sheet(rows_of(built, "test")[:9], tmp_path / "sheet.png", built)
+    assert Image.open(page).width > 1000
+
+
+def test_every_category_has_a_slug_of_its_own():
+    assert len({category.slug for category in BY_NAME.values()}) == len(CATEGORIES) == 7
