@@ -54,7 +54,7 @@ def test_rows_are_well_formed_and_images_exist(built):
     for row in rows:
         human, gpt = row["conversations"]
         assert human["value"].count("<image>") == len(row["image"]) >= 1
-        assert gpt["value"] == row["answers"][0] != ""
+        assert gpt["value"] == row["answers"][0] != "" and len(set(row["answers"])) == len(row["answers"])
         assert all((built / name).is_file() for name in row["image"])
         assert len(human["value"].replace("<image>", "").split()) <= 45 and len(gpt["value"].split()) <= 45
     sizes = {Image.open(built / name).size for row in rows for name in row["image"]}

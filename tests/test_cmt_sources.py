@@ -209,3 +209,19 @@ def test_colour_shares_are_exact():
     image = Image.new("RGB", (10, 10), (1, 2, 3))
     image.paste((255, 0, 0), (0, 0, 5, 5))
     assert colour_shares(image) == {0x010203: 0.75, 0xFF0000: 0.25}
+
+
+@pytest.mark.assets
+def test_the_catalogue_matches_the_real_packages():
+    from llava_collab.assets.store import status
+    from llava_collab.cmt.sources import PACKAGES
+
+    states = {row.package.name: row.state for row in status()}
+    missing = [name for name in PACKAGES if states.get(name) != "unpacked"]
+    if missing:
+        pytest.skip(f"not in the cache: {', '.join(missing)}")
+    world = read_world()
+    assert {thing.name for thing in world.things} == {name for _, name in catalogue.stamps().values()}
+    assert sum(len(thing.paths) for thing in world.things) == len(catalogue.stamps())
+    assert {background.name for background in world.backgrounds} == set(catalogue.BACKGROUNDS)
+    assert len(world.photos) > 100 and len(world.maps) > 100 and len(world.countries) > 150 and len(world.tables) > 150
