@@ -103,9 +103,17 @@ class DataBuild:
         if self.name != "cmt-open":
             print(f"no benchmark {self.name!r}; there is: cmt-open", file=sys.stderr)
             return 2
-        sizes = {"train": self.train, "val": self.val, "test": self.test, "decision": self.decision}
-        manifest = build_cmt(self.out, **sizes, test_object=self.test_object, test_template=self.test_template, workers=self.workers)
-        print(f"built {manifest}")
+        folder = build_cmt(
+            self.out,
+            train=self.train,
+            val=self.val,
+            test=self.test,
+            decision=self.decision,
+            test_object=self.test_object,
+            test_template=self.test_template,
+            workers=self.workers,
+        )
+        print(f"built {folder}")
         return 0
 
 

@@ -73,7 +73,8 @@ def _modules(modules: Iterable[str], required: bool) -> tuple[list[str], bool]:
 def _devices() -> list[str]:
     import torch
 
-    lines = [f"  cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, capability {torch.backends.cpu.get_cpu_capability()}"]
+    capability = torch.backends.cpu.get_cpu_capability()
+    lines = [f"  cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, {capability}"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         lines.append(f"  cuda:{index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
@@ -84,9 +85,18 @@ def report() -> tuple[str, bool]:
     """The whole report, and whether everything installed works and nothing required is missing."""
     core, core_well = _modules(CORE, required=True)
     optional, optional_well = _modules(OPTIONAL, required=False)
-    own = {name: try_import(name) for name in ("llava_collab", "llava_collab.models", "llava_collab.data.dataset", "llava_collab.evaluation")}
-    lines = [f"python {platform.python_version()} ({sys.executable}), {platform.platform()}", "core:", *core, "optional:", *optional, "llava_collab:"]
-    lines += [f"  {'ok     ' if failure is None else 'BROKEN '}  {name}" + (f": {failure}" if failure else "") for name, failure in own.items()]
+    floors = (
+        "llava_collab",
+        "llava_collab.data.dataset",
+        "llava_collab.models",
+        "llava_collab.training.batches",
+        "llava_collab.evaluation",
+    )
+    own = {name: try_import(name) for name in floors}
+    lines = [f"python {platform.python_version()} ({sys.executable}), {platform.platform()}"]
+    lines += ["core:", *core, "optional:", *optional, "llava_collab:"]
+    for name, failure in own.items():
+        lines.append(f"  ok       {name}" if failure is None else f"  BROKEN   {name}: {failure}")
     if try_import("torch") is None:
         lines += ["devices:", *_devices()]
     from .assets import cache_root, status

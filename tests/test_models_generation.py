@@ -1,4 +1,4 @@
-"""The experts in use: no leakage, no dependence on padding, batching, caching, beams or a neighbour's call; what can't be right is refused."""
+"""The experts in use: no leakage; padding, batching, caching, beams and neighbours change nothing; what can't be right is refused."""
 
 import pytest
 import torch
@@ -80,7 +80,9 @@ def test_cache_equals_no_cache(how: dict) -> None:
 
 def test_greedy_decode_equals_full_forwards_with_frozen_guidance() -> None:
     net, row = model(), ROWS[0]
-    out = net.generate(input_ids=row[None], attention_mask=torch.ones(1, len(row)), pixel_values=pixels(1), max_new_tokens=6, do_sample=False)
+    out = net.generate(
+        input_ids=row[None], attention_mask=torch.ones(1, len(row)), pixel_values=pixels(1), max_new_tokens=6, do_sample=False
+    )
     mask = torch.zeros_like(out, dtype=torch.bool)
     mask[:, : len(row)] = True
     logits = net(input_ids=out, pixel_values=pixels(1), guidance_mask=mask).logits
@@ -122,7 +124,10 @@ def test_interleaved_calls_do_not_share_weights() -> None:
     for _ in range(4):  # one token of each in turn
         for k, out in enumerate(outs):
             step = net(
-                input_ids=torch.tensor([[rows[k][-1]]]), past_key_values=out.past_key_values, expert_weights=out.expert_weights, use_cache=True
+                input_ids=torch.tensor([[rows[k][-1]]]),
+                past_key_values=out.past_key_values,
+                expert_weights=out.expert_weights,
+                use_cache=True,
             )
             rows[k].append(int(step.logits[0, -1].argmax()))
     for k, r in enumerate(TEXTS):

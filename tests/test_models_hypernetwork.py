@@ -101,7 +101,9 @@ EXPERT_TENSORS_7B = {  # G1, b = 16, e = 64: encoder with bias, decoder weight +
 
 
 def test_parameter_count_of_the_7b_model() -> None:
-    text = dict(model_type="llama", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32064)
+    text = dict(
+        model_type="llama", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32064
+    )
     vision = dict(
         model_type="clip_vision_model",
         hidden_size=1024,

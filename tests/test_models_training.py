@@ -41,7 +41,9 @@ def test_supervised_logits_only_is_the_same_loss() -> None:
     few = model(**inputs, supervised_logits_only=True)
     assert few.logits.shape[0] == int((inputs["labels"][:, 1:] != -100).sum())
     torch.testing.assert_close(full.loss, few.loss)
-    torch.testing.assert_close(few.loss * few.logits.shape[0] / 100, model(**inputs, supervised_logits_only=True, num_items_in_batch=100).loss)
+    torch.testing.assert_close(
+        few.loss * few.logits.shape[0] / 100, model(**inputs, supervised_logits_only=True, num_items_in_batch=100).loss
+    )
 
 
 def test_text_only_batches_give_image_parameters_zero_gradients() -> None:

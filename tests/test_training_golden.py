@@ -27,4 +27,5 @@ def test_the_curve_is_the_stored_one(name: str, tmp_path: Path) -> None:
 def test_curves_fall_and_differ() -> None:
     curves = {name: golden.read(name) for name in golden.CURVES}
     assert all(curve[-1] < 0.9 * curve[0] for curve in curves.values())
-    assert len({curve[-1] for curve in curves.values()}) == len(curves)
+    ends = sorted(curve[-1] for curve in curves.values())
+    assert all(b - a > 2e-4 * a for a, b in zip(ends, ends[1:], strict=False)), "the tolerance above could not tell these curves apart"

@@ -1,7 +1,8 @@
-"""Which samples make which batch: of one modality where possible, of similar length, and resumable to the batch.
+"""Which samples make which step: of one modality where possible, random otherwise, sorted by length inside; resumable to the step.
 
-As LLaVA's `group_by_modality_length` (its `LLaVATrainer`): batches that mix text-only samples with pictures, or short with long
-ones, waste the device on padding. Within mega-batches of random samples, batches are cut from the samples sorted by length.
+As LLaVA's `group_by_modality_length` (its `LLaVATrainer`), whose mega-batch is one global batch: mixing text-only samples with pictures in a
+step, or short with long ones in a micro-batch, wastes the device. Steps themselves are not sorted by length: on a mixture of tasks that
+would make every step one task (tried: the loss of a small model then swings from task to task and falls more slowly).
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-
-MEGA = 50  # batches a mega-batch, as in Hugging Face's length grouping: more sorts better, less shuffles better
 
 
 class GroupedBatchSampler:
@@ -71,14 +70,9 @@ class GroupedBatchSampler:
         return [full[k].tolist() for k in [longest, *(k for k in order if k != longest)]]
 
     def _cut(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Batches of similar length from shuffled indices; their number is a multiple of the batch size."""
-        mega = MEGA * self.batch_size
-        cut: list[np.ndarray] = []
-        for k in range(0, len(indices), mega):
-            chunk = indices[k : k + mega]
-            chunk = chunk[np.argsort(-self.lengths[chunk], kind="stable")]
-            cut += np.split(chunk, len(chunk) // self.batch_size)
-        return cut
+        """Steps from shuffled indices (a multiple of the batch size), each sorted, longest first, so that micro-batches are even."""
+        steps = indices.reshape(-1, self.batch_size)
+        return list(np.take_along_axis(steps, np.argsort(-self.lengths[steps], axis=1, kind="stable"), axis=1))
 
     def state_dict(self, taken: int | None = None) -> dict[str, Any]:
         """JSON-able state. `taken`: batches trained on since batch 0 of epoch 0, if a loader that prefetches has drawn more."""

@@ -5,6 +5,7 @@ Rows are appended and flushed as answers come, so that a killed run loses nothin
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -23,13 +24,17 @@ class RecordError(ValueError):
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """All whole rows of `folder/records.jsonl`; a half-written last line is left out. Raises RecordError for a broken or repeated row."""
-    path = folder / RECORDS
-    if not path.is_file():
+    """All whole rows of `folder/records.jsonl` (or its `.gz`, as kept in the tree); a half-written last line is left out.
+
+    Raises RecordError for a broken or repeated row.
+    """
+    path, packed = folder / RECORDS, folder / f"{RECORDS}.gz"
+    if not path.is_file() and not packed.is_file():
         raise RecordError(f"{path}: no such file; run eval/run.py with --out {folder} first")
+    content = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
     rows: list[Row] = []
     seen: set[str] = set()
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)
             sample_id = row["sample_id"]

@@ -23,7 +23,6 @@ from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 
 from ..data.conversation import IMAGE_MARK, TEMPLATES
@@ -53,7 +52,9 @@ class ModelSpec:
     """a checkpoint of an earlier stage: weights come from it (bases above are then not read); experts it lacks start at zero output"""
 
 
-def build(spec: ModelSpec, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[HyperLlavaForConditionalGeneration, HyperLlavaProcessor]:
+def build(
+    spec: ModelSpec, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[HyperLlavaForConditionalGeneration, HyperLlavaProcessor]:
     """The model of `spec` on the CPU, new parts initialised from `seed`, and its processor.
 
     Raises ValueError for an unknown template or base, or a checkpoint that does not fit.
@@ -79,8 +80,8 @@ def build(spec: ModelSpec, seed: int = 0, dtype: torch.dtype = torch.float32) ->
         language_expert=spec.language_expert,
         tie_word_embeddings=decoder.config.tie_word_embeddings,
     )
-    with torch.device("cpu"):
-        model = HyperLlavaForConditionalGeneration(config).to(dtype)
+    model: Any = HyperLlavaForConditionalGeneration(config)
+    model.to(dtype)
     _initialise_new_parts(model, seed)
     _fp32_experts(model)
     model.model.vision_tower.load_state_dict(tower.state_dict())
@@ -89,7 +90,11 @@ def build(spec: ModelSpec, seed: int = 0, dtype: torch.dtype = torch.float32) ->
     model.tie_weights()
     _set_generation(model, tokenizer)
     images = CLIPImageProcessorPil(
-        size={"height": size, "width": size}, crop_size={"height": size, "width": size}, do_center_crop=False, image_mean=mean, image_std=std
+        size={"height": size, "width": size},
+        crop_size={"height": size, "width": size},
+        do_center_crop=False,
+        image_mean=mean,
+        image_std=std,
     )
     processor = HyperLlavaProcessor(
         image_processor=images,
@@ -122,7 +127,7 @@ def load(
                 added.append(name)
             setattr(config, name, value)
     config = HyperLlavaConfig(**{k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "dtype")})
-    model, report = HyperLlavaForConditionalGeneration.from_pretrained(
+    model, report = HyperLlavaForConditionalGeneration.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
         folder, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
     )
     missing = [key for key in report["missing_keys"] if not any(name in key for name in added)]
@@ -143,7 +148,9 @@ def _read_config(folder: str | Path) -> PreTrainedConfig:
         raise ValueError(f"{folder} holds no config.json; a model folder is what training writes to `<run>/model`")
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in ("llava", "hyper_llava"):
-        raise ValueError(f"{folder} is a {config.model_type!r} checkpoint, not a LLaVA or HyperLLaVA; give it as a base (language_model) instead")
+        raise ValueError(
+            f"{folder} is a {config.model_type!r} checkpoint, not a LLaVA or HyperLLaVA; give it as a base (language_model) instead"
+        )
     return config
 
 
@@ -166,9 +173,9 @@ def _fp32_experts(model: HyperLlavaForConditionalGeneration) -> None:
             part.float()
 
 
-def _language_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+def _language_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     if name == "tiny":
-        tokenizer = tiny_tokenizer()
+        tokenizer: Any = tiny_tokenizer()
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=64,
@@ -190,12 +197,12 @@ def _language_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_MARK]})
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     return model, tokenizer
 
 
-def _vision_tower(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, int, str, int, tuple[float, ...], tuple[float, ...]]:
+def _vision_tower(name: str, dtype: torch.dtype) -> tuple[Any, int, Any, int, tuple[float, ...], tuple[float, ...]]:
     """The tower, the hidden state taken, the select strategy, tokens beside the patches, pixel mean and std."""
     if name == "tiny":
         config = CLIPVisionConfig(
@@ -226,7 +233,8 @@ def _fused_tower(dtype: torch.dtype) -> FusedVisionModel:
         mean, std = _pixel_statistics(source)
         parts.append(tower)
         specs.append({"config": _plain(tower.config), "layer": layer, "mean": list(mean), "std": list(std)})
-    fused = FusedVisionModel(FusedVisionConfig(towers=specs, grid=8, shuffle=2, image_size=224)).to(dtype)
+    fused: Any = FusedVisionModel(FusedVisionConfig(towers=specs, grid=8, shuffle=2, image_size=224))
+    fused.to(dtype)
     for own, part in zip(fused.towers, parts, strict=True):
         own.load_state_dict(part.state_dict())
     return fused
@@ -273,7 +281,8 @@ def tower_key(model: HyperLlavaForConditionalGeneration, processor: HyperLlavaPr
     digest = hashlib.sha256()
     config, images = model.config, processor.image_processor
     settings = [config.vision_feature_layer, config.vision_feature_select_strategy, processor.image_aspect_ratio]
-    settings += [_plain(config.vision_config), {k: v for k, v in images.to_dict().items() if isinstance(v, int | float | str | list | dict | bool)}]
+    settings += [_plain(config.vision_config)]  # pyright: ignore[reportArgumentType]
+    settings += [{k: v for k, v in images.to_dict().items() if isinstance(v, int | float | str | list | dict)}]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.model.vision_tower.state_dict().items()):
         digest.update(name.encode())

@@ -78,6 +78,10 @@ class ExpertBlock(nn.Module):
     """
 
     expert_index: int
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    post_attention_layernorm: nn.Module
+    mlp: nn.Module
 
     def __call__(self, hidden_states: Tensor, *args: Any, expert_context: ExpertContext | None = None, **kwargs: Any) -> Tensor:
         # In __call__, not in forward: gradient checkpointing wraps forward (or __call__ of the stock class) and would generate the
@@ -126,7 +130,7 @@ def _expert_class(stock: type[nn.Module]) -> type[nn.Module]:
     return type(f"Expert{stock.__name__}", (ExpertBlock, stock), {"__module__": __name__})
 
 
-def install_experts(language_model: nn.Module, layers: range) -> None:
+def install_experts(language_model: Any, layers: range) -> None:
     """Turn the given decoder blocks into expert blocks, in place (same modules, same names, same parameters).
 
     Raises ValueError for a block that is not of the Llama kind (Llama, Vicuna, Mistral, Qwen2, Qwen3, SmolLM2).

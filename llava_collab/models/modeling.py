@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from .configuration import ExpertConfig, HyperLlavaConfig
 from .experts import ExpertContext, HyperLlavaProjector, check_expert_weights, install_experts, prompt_mask
@@ -112,7 +112,7 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
             inputs_embeds, input_ids = self._embed_with_features(input_ids, inputs_embeds, image_features), None
         elif self.training and pixel_values is None and not mm_encoder_outputs:
             inputs_embeds, input_ids = self._touch_projector(input_ids, inputs_embeds), None
-        outputs = super().forward(
+        stock: dict[str, Any] = dict(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
@@ -123,8 +123,8 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
             vision_feature_select_strategy=vision_feature_select_strategy,
             image_sizes=image_sizes,
             return_dict=True,
-            **kwargs,
         )
+        outputs: Any = super().forward(**stock, **kwargs)
         return HyperLlavaModelOutputWithPast(**outputs, expert_weights=context.weights if context is not None else None)
 
     def _expert_context(
@@ -156,7 +156,7 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
         embeds_BTD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         parameter = self.multi_modal_projector.linear_1.weight
         image_NPD = self.multi_modal_projector(image_features.to(parameter.device, parameter.dtype)).to(embeds_BTD.dtype)
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds=embeds_BTD, image_features=image_NPD)
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds=embeds_BTD, image_features=image_NPD)  # pyright: ignore
         return embeds_BTD.masked_scatter(mask, image_NPD)
 
     def _touch_projector(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -173,7 +173,7 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
     def __init__(self, config: HyperLlavaConfig) -> None:
         super(LlavaForConditionalGeneration, self).__init__(config)  # not LlavaForConditionalGeneration's: it builds a stock LlavaModel
         self.model = HyperLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.get_text_config().hidden_size, config.get_text_config().vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -233,7 +233,7 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_BTD[:, kept])
             if labels is not None:
-                size = self.config.text_config.vocab_size
+                size = self.config.get_text_config().vocab_size
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, num_items_in_batch=num_items_in_batch)
         return HyperLlavaCausalLMOutputWithPast(
             loss=loss,
@@ -252,7 +252,7 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
             mask = kwargs.get("attention_mask")
             if kwargs.get("guidance_mask") is None and mask is not None and mask.dim() == 2:
                 kwargs["guidance_mask"] = mask.bool()  # now, because a static cache turns the attention mask into a 4-D one
-        return super().generate(inputs, generation_config, **kwargs)
+        return super().generate(inputs, generation_config, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     @staticmethod
     def _refuse_unsound_decoding(config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
@@ -291,7 +291,8 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
             groups = torch.arange(count, device=marks_B.device).split(images_B.tolist())
             index = torch.cat([group for group in groups for _ in range(expand_size)])
             images = {name: value[index.to(value.device)] for name, value in images.items()}
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, input_ids=input_ids, **kwargs)
+        expand = super()._expand_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]
+        input_ids, kwargs = expand(expand_size=expand_size, input_ids=input_ids, **kwargs)
         return input_ids, kwargs | images
 
 

@@ -99,7 +99,7 @@ class HyperLlavaProcessor(LlavaProcessor):
         return encode_turns(
             self.tokenizer,
             turns,
-            chat_template=self.chat_template or self.tokenizer.chat_template,
+            chat_template=str(self.chat_template or self.tokenizer.chat_template),
             tokens_per_image=self.tokens_per_image,
             image_token=self.image_token,
             max_length=max_length,
@@ -116,7 +116,10 @@ class HyperLlavaProcessor(LlavaProcessor):
         max_length: int | None = None,
         sample_id: str = "",
     ) -> dict[str, Any]:
-        """One sample as `Collator` takes it: 1-D `input_ids`, `labels`, `guidance_mask`; `pixel_values` [n, 3, H, W] or `image_features`."""
+        """One sample as `Collator` takes it: 1-D `input_ids`, `labels`, `guidance_mask`; `pixel_values` [n, 3, H, W] or `image_features`.
+
+        Raises SampleError for turns or images that can't be right.
+        """
         text = self.encode_text(
             turns, n_images=len(images), add_generation_prompt=add_generation_prompt, max_length=max_length, sample_id=sample_id
         )
@@ -138,7 +141,7 @@ class HyperLlavaProcessor(LlavaProcessor):
     def _cached_features(self, images: Sequence[Path | Image.Image]) -> Tensor | None:
         if self.feature_cache is None or not all(isinstance(image, str | Path) for image in images):
             return None
-        found = [self.feature_cache.get(Path(image)) for image in images]
+        found = [self.feature_cache.get(image) for image in images if not isinstance(image, Image.Image)]
         return torch.stack(found) if all(f is not None for f in found) else None  # pyright: ignore[reportArgumentType]
 
     def encode_requests(self, requests: Sequence[Request]) -> BatchFeature:

@@ -47,7 +47,7 @@ class FusedVisionModel(PreTrainedModel):
 
     config_class = FusedVisionConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     base_model_prefix = "towers"
     _supports_sdpa = True
     supports_gradient_checkpointing = True
@@ -86,7 +86,9 @@ def _on_grid(hidden_NPV: Tensor, grid: int) -> Tensor:
     square = normed_NPV.transpose(1, 2).unflatten(2, (side, side))
     if side > grid:
         return F.adaptive_avg_pool2d(square, grid)
-    return F.interpolate(square.float(), size=(grid, grid), mode="bilinear", align_corners=False).to(square.dtype) if side < grid else square
+    if side < grid:
+        return F.interpolate(square.float(), size=(grid, grid), mode="bilinear", align_corners=False).to(square.dtype)
+    return square
 
 
 AutoConfig.register("fused_vision", FusedVisionConfig, exist_ok=True)

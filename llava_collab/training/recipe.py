@@ -29,6 +29,8 @@ class DataFile:
     """LLaVA JSON or JSONL file (relative to the current directory)."""
     image_root: str | None = None
     """Folder that the image paths in the file start from (default: the file's own folder)."""
+    categories: tuple[str, ...] = ()
+    """Only the samples of these categories (default: all)."""
     repeat: int = 1
     """How often each sample of this file is seen in one epoch."""
 

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Does the trained model see? Three seeds of HyperLLaVA, its static twin (experts off) and its blind twin (images removed): same data, order
+# and steps. Visual QA and Spatial Inference are measured on CMT-open's decision split, also with images permuted within the same question.
+# To fit two cores, stage 2 learns from three of the seven categories (captions, Visual QA, Spatial Inference).
+#   bash scripts/study.sh                 about an hour on two cores; one command on a GPU machine too. Killed, it goes on from where it was.
+# Variables: SEEDS ("0 1 2"), TWINS ("hyper blind static"), ALIGN and STEPS (300 each), TRAIN (24000 items of all categories), ITEMS (300 a
+# category), JOBS (2 trainings at once), OUT (runs/study), DATA (data/cmt-open).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh
+export OUT=${OUT:-runs/study} STEPS=${STEPS:-300} ALIGN=${ALIGN:-300} ITEMS=${ITEMS:-300} DATA=${DATA:-data/cmt-open}
+SEEDS=${SEEDS:-0 1 2} TWINS=${TWINS:-hyper blind static} JOBS=${JOBS:-2} TRAIN=${TRAIN:-24000}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / JOBS))} OMP_WAIT_POLICY=PASSIVE
+
+llava-collab assets --bases smollm2-135m-l4-v8k efficientnet-lite0 dinov2-s
+llava-collab data build cmt-open --out "$DATA" --train "$TRAIN" --val 0 --test 1149 --decision 7000 --test-object 0 --test-template 0
+
+align() { # SEED: stage 1, shared by this seed's three models
+  python train/train.py train/recipes/smol-align.yaml --run.out "$OUT/align-$1" --run.seed "$1" --run.steps "$ALIGN" --data.files.0.path "$DATA/train.jsonl"
+}
+student() { # SEED TWIN: stage 2, then its records
+  local seed=$1 twin=$2 options=() sight=(--feature-cache)
+  case $twin in
+    static) options=(--model.visual-expert null --model.language-expert null) ;;
+    blind) options=(--data.blind) sight=(--blind) ;;
+  esac
+  python train/train.py train/recipes/smol-instruct.yaml --model.init-from "$OUT/align-$seed/model" --run.out "$OUT/$twin-$seed" \
+    --run.seed "$seed" --run.steps "$STEPS" --data.files.0.path "$DATA/train.jsonl" \
+    --data.files.0.categories "Visual Captioning" "Visual QA" "Spatial Inference" "${options[@]}"
+  measure "$twin-$seed" "$OUT/$twin-$seed/model" "${sight[@]}"
+  [ "$twin" = blind ] || measure "$twin-$seed-permuted" "$OUT/$twin-$seed/model" "${sight[@]}" --permute-images
+}
+measure() { # NAME MODEL [OPTIONS]
+  local name=$1 model=$2
+  shift 2
+  python eval/run.py --model "$model" --name "$name" --suite eval/suites/cmt-open.yaml --data-root "$DATA" --split decision \
+    --categories "Visual QA" "Spatial Inference" --items-per-category "$ITEMS" --out "$OUT/records/$name" --batch-size 16 "$@"
+}
+export -f align student measure
+
+for seed in $SEEDS; do echo "$seed"; done | xargs -P "$JOBS" -L 1 bash -euo pipefail -c 'align "$@"' align
+for seed in $SEEDS; do for twin in $TWINS; do echo "$seed $twin"; done; done |
+  xargs -P "$JOBS" -L 1 bash -euo pipefail -c 'student "$@"' student
+measure majority majority
+for seed in $SEEDS; do
+  rows=()
+  for twin in $TWINS; do
+    rows+=("$OUT/records/$twin-$seed")
+    [ "$twin" = blind ] || rows+=("$OUT/records/$twin-$seed-permuted")
+  done
+  others=()
+  for row in "${rows[@]}"; do [ "$row" = "$OUT/records/blind-$seed" ] || others+=("$row"); done
+  python eval/table.py "$OUT/records/majority" "${rows[@]}" --out "$OUT/tables/seed-$seed" --compare "$OUT/records/blind-$seed" "${others[@]}"
+done
