@@ -12,21 +12,22 @@ def batch() -> dict[str, torch.Tensor]:
     return made | {"labels": labels, "pixel_values": pixels(1)}
 
 
-def gradients(checkpointing: bool, **experts: dict) -> tuple[dict[str, torch.Tensor], list[int], float]:
+def gradients(checkpointing: dict | None, **experts: dict) -> tuple[dict[str, torch.Tensor], list[int], float]:
     model = toy_model(**(experts or BOTH)).train()
     calls = [0]
     if model.model.language_expert is not None:
         model.model.language_expert.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
     loss = model(**batch()).loss
     loss.backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, calls, loss.item()
 
 
-def test_checkpointing_gives_the_same_gradients_and_one_generator_call() -> None:
-    plain, calls, loss = gradients(False)
-    again, calls_checkpointed, loss_checkpointed = gradients(True)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients_and_one_generator_call(reentrant: bool) -> None:
+    plain, calls, loss = gradients(None)
+    again, calls_checkpointed, loss_checkpointed = gradients({"use_reentrant": reentrant})
     assert calls == [1] and calls_checkpointed == [1]
     assert loss == loss_checkpointed and plain.keys() == again.keys()
     assert any("language_expert" in name for name in plain) and any("visual_expert" in name for name in plain)

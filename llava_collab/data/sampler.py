@@ -1,8 +1,8 @@
 """Which samples make which step: of one modality where possible, random otherwise, sorted by length inside; resumable to the step.
 
-As LLaVA's `group_by_modality_length` (its `LLaVATrainer`), whose mega-batch is one global batch: mixing text-only samples with pictures in a
-step, or short with long ones in a micro-batch, wastes the device. Steps themselves are not sorted by length: on a mixture of tasks that
-would make every step one task (tried: the loss of a small model then swings from task to task and falls more slowly).
+As LLaVA's `group_by_modality_length` (its `LLaVATrainer`), whose mega-batch is one global batch: mixing text-only samples with pictures
+in a step, or short with long ones in a micro-batch, wastes the device. Steps themselves are not sorted by length: on a mixture of tasks
+that would make every step one task (tried: the loss of a small model then swings from task to task and falls more slowly).
 """
 
 from __future__ import annotations

@@ -83,28 +83,27 @@ class ExpertBlock(nn.Module):
     post_attention_layernorm: nn.Module
     mlp: nn.Module
 
-    def __call__(self, hidden_states: Tensor, *args: Any, expert_context: ExpertContext | None = None, **kwargs: Any) -> Tensor:
+    def __call__(self, hidden_states: Tensor, *, expert_context: ExpertContext | None = None, **kwargs: Any) -> Tensor:
         # In __call__, not in forward: gradient checkpointing wraps forward (or __call__ of the stock class) and would generate the
-        # weights again in the backward pass. The checkpointed part gets them as plain tensors.
-        if expert_context is not None:
-            kwargs["expert_weights"] = expert_context.fill(hidden_states).layer(self.expert_index)
-            kwargs["generator"] = expert_context.generator
-        return super().__call__(hidden_states, *args, **kwargs)
+        # weights again in the backward pass. The checkpointed part gets them as positional tensors, right for both kinds of checkpoint.
+        if expert_context is None:
+            raise RuntimeError("an expert block was called without its context; call the HyperLLaVA model, not its language model alone")
+        weights = expert_context.fill(hidden_states).layer(self.expert_index)
+        return super().__call__(hidden_states, *weights, generator=expert_context.generator, **kwargs)
 
     def forward(
         self,
         hidden_states: Tensor,
+        down_BKD: Tensor,
+        up_BOK: Tensor,
+        generator: HyperNetwork,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        expert_weights: tuple[Tensor, Tensor] | None = None,
-        generator: HyperNetwork | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if expert_weights is None or generator is None:
-            raise RuntimeError("an expert block was called without its context; call the HyperLLaVA model, not its language model alone")
         attended_BTD, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
@@ -117,7 +116,7 @@ class ExpertBlock(nn.Module):
         hidden_BTD = hidden_states + attended_BTD
         normed_BTD = self.post_attention_layernorm(hidden_BTD)
         static_BTD = self.mlp(normed_BTD)
-        expert_BTD = apply_expert(normed_BTD, *expert_weights)
+        expert_BTD = apply_expert(normed_BTD, down_BKD, up_BOK)
         generator.record_ratio(expert_BTD, static_BTD)
         return hidden_BTD + static_BTD + expert_BTD
 
