@@ -5,25 +5,39 @@
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .models import (
+        ExpertConfig,
+        HyperLlavaConfig,
+        HyperLlavaForConditionalGeneration,
+        HyperLlavaModel,
+        HyperLlavaProcessor,
+        HyperNetwork,
+    )
+    from .types import Answer, Model, Request, Single, Turn, Usage
 
 __version__ = "0.1.0"
 
-_MODELS = (
+__all__ = [
+    "Answer",
     "ExpertConfig",
     "HyperLlavaConfig",
     "HyperLlavaForConditionalGeneration",
     "HyperLlavaModel",
     "HyperLlavaProcessor",
     "HyperNetwork",
-)
-_TYPES = ("Answer", "Model", "Request", "Single", "Turn", "Usage")
-__all__ = [*_MODELS, *_TYPES]
+    "Model",
+    "Request",
+    "Single",
+    "Turn",
+    "Usage",
+]
+_TYPES = {"Answer", "Model", "Request", "Single", "Turn", "Usage"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODELS:
-        return getattr(import_module(".models", __name__), name)
-    if name in _TYPES:
-        return getattr(import_module(".types", __name__), name)
+    if name in __all__:
+        return getattr(import_module(".types" if name in _TYPES else ".models", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

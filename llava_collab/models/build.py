@@ -192,7 +192,7 @@ def _language_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         return AutoModelForCausalLM.from_config(config).to(dtype), tokenizer
     source = _source(name)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     if IMAGE_MARK not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_MARK]})
     if tokenizer.pad_token_id is None:

@@ -1,0 +1,58 @@
+"""The README's commands exist and take the options that it shows; the architecture page names the floors that are there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = sorted(set(re.findall(r"(?<!`)`((?:python|llava-collab|scripts/|bash) ?[^`\n]+)`", README)))
+
+
+def test_the_readme_shows_commands() -> None:
+    assert len(COMMANDS) > 8
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_exists_and_knows_its_options(command: str) -> None:
+    words = command.split()
+    options = [word.split("=")[0] for word in words if word.startswith("--")]
+    if words[0] == "llava-collab":
+        verb = [word for word in words[1:3] if re.fullmatch(r"[a-z]+", word) and word != "cmt-open"]
+        call = [sys.executable, "-m", "llava_collab.cli", *verb, "--help"]
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file()
+        recipe = [word for word in words[2:] if word.endswith(".yaml") and "recipes" in word]
+        call = [sys.executable, str(ROOT / words[1]), *recipe, "--help"]
+    else:
+        script = words[1] if words[0] == "bash" else words[0]
+        assert (ROOT / script).is_file()
+        if "launch_training" not in (ROOT / script).read_text(encoding="utf-8"):
+            return
+        call = ["bash", str(ROOT / script), "--help"]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    missing = [option for option in options if option not in done.stdout]
+    assert not missing, f"{command}: unknown {missing}"
+
+
+def test_the_architecture_page_names_every_floor() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    parts = [p.name for p in (ROOT / "llava_collab").iterdir() if (p.is_dir() and (p / "__init__.py").exists()) or p.name == "types.py"]
+    assert parts and all(f"`{name}" in page for name in parts)
+
+
+def test_no_file_names_a_machine_path_or_a_registry() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    banned = re.compile(r"/root/|/work/|pypi\.org|registry\.npmjs|deb\.debian\.org")
+    here = Path(__file__).name
+    for name in tracked:
+        path = ROOT / name
+        if path.name != here and path.suffix in (".py", ".md", ".yaml", ".toml", ".sh", ".txt", ".json", ".jsonl"):
+            found = banned.search(path.read_text(encoding="utf-8"))
+            assert not found, f"{name} names {found.group()!r}"
