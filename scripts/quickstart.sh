@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained HyperLLaVA and its benchmark table: real pretrained towers and language model, real pixels, no GPU, no hub.
-#   bash scripts/quickstart.sh            about 25 minutes on two cores; killed half-way, the same command goes on from where it was
+#   bash scripts/quickstart.sh            about 20 minutes on two cores; killed half-way, the same command goes on from where it was
 #   bash scripts/quickstart.sh --smoke    the same code path with 5 items a category and 3 steps
 # It trains three models from one alignment stage, on the same data, order and steps: HyperLLaVA, its static twin (experts off) and its
 # blind twin (images removed), and evaluates them beside the majority answer. Results: runs/quickstart/.
@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 case "${1:-}" in
-  "") run=runs/quickstart data=data/quickstart train=6000 items=50 align=100 steps=250 minutes=30 ;;
+  "") run=runs/quickstart data=data/quickstart train=6000 items=50 align=300 steps=180 minutes=30 ;;
   --smoke) run=runs/smoke data=data/smoke train=70 items=5 align=3 steps=3 minutes=10 ;;
   *) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac

@@ -51,4 +51,8 @@ for seed in $SEEDS; do
   others=()
   for row in "${rows[@]}"; do [ "$row" = "$OUT/records/blind-$seed" ] || others+=("$row"); done
   python eval/table.py "$OUT/records/majority" "${rows[@]}" --out "$OUT/tables/seed-$seed" --compare "$OUT/records/blind-$seed" "${others[@]}"
+  for twin in $TWINS; do # what permuting the images costs, paired over the same questions
+    [ "$twin" = blind ] || python eval/table.py "$OUT/records/$twin-$seed" "$OUT/records/$twin-$seed-permuted" \
+      --out "$OUT/tables/seed-$seed-$twin-permuted" --compare "$OUT/records/$twin-$seed" "$OUT/records/$twin-$seed-permuted"
+  done
 done
