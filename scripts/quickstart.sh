@@ -28,7 +28,7 @@ llava-collab data build cmt-open --out "$data" --train "$train" --val 0 --test $
 tune() { # NAME RECIPE [OPTIONS]: train one model, both cores
   local name=$1 recipe=$2
   shift 2
-  python train/train.py "train/recipes/$recipe.yaml" --run.out "$run/$name" --data.files.0.path "$data/train.jsonl" "$@"
+  python train/train.py "train/recipes/$recipe.yaml" --run.out "$run/$name" --data.files.0.path "$data/train.jsonl" --run.save-every 50 "$@"
 }
 step "stage 1, alignment, shared by the three models: $align steps"
 tune align smol-align --run.steps "$align"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,17 @@ def test_where_and_how_often_to_save_may_change_between_starts(tmp_path: Path) -
     expert = load_recipe(_write(tmp_path, SMALL.replace("model: {}", "model: {visual_expert: {}}")))
     assert differences(recipe, expert) == ["model.visual_expert: None -> {}"]
     assert differences(recipe, load_recipe(_write(tmp_path, SMALL.replace("steps: 5", "steps: 6")))) == ["run.steps: 5 -> 6"]
+
+
+def test_a_file_can_be_narrowed_to_categories_that_it_has(tmp_path: Path) -> None:
+    from llava_collab.training.batches import read_all
+    from llava_collab.training.recipe import DataFile, DataRecipe
+
+    talk = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hi."}]
+    rows = [{"id": str(i), "conversations": talk, "category": "Visual QA" if i % 2 else "Captions"} for i in range(6)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = str(tmp_path / "d.jsonl")
+    chosen = read_all(DataRecipe(files=(DataFile(path, categories=("Visual QA",), repeat=2),)))
+    assert [sample.id for sample in chosen] == ["1", "3", "5"] * 2
+    with pytest.raises(RecipeError, match=r"no sample of category \['Visual AQ'\]"):
+        read_all(DataRecipe(files=(DataFile(path, categories=("Visual AQ",)),)))
