@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained HyperLLaVA and its benchmark table: real pretrained towers and language model, real pixels, no GPU, no hub.
-#   bash scripts/quickstart.sh            about 20 minutes on two cores; killed half-way, the same command goes on from where it was
+#   bash scripts/quickstart.sh            about 25 minutes on two cores; killed half-way, the same command goes on from where it was
 #   bash scripts/quickstart.sh --smoke    the same code path with 5 items a category and 3 steps
 # It trains three models from one alignment stage, on the same data, order and steps: HyperLLaVA, its static twin (experts off) and its
 # blind twin (images removed), and evaluates them beside the majority answer. Results: runs/quickstart/.

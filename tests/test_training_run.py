@@ -18,6 +18,7 @@ from llava_collab.models.build import ModelSpec, build, load
 from llava_collab.models.modeling import HyperLlavaForConditionalGeneration
 from llava_collab.training.checkpoint import damage
 from llava_collab.training.lora import add_adapters, merge_adapters
+from llava_collab.training.opening import exclusive
 from llava_collab.training.recipe import LoraRecipe
 
 SHORT = ("--run.steps", "6", "--run.save-every", "3", "--run.no-save-first")
@@ -229,3 +230,10 @@ def test_two_ranks_learn_what_one_does(data: Path, tmp_path: Path, straight: Pat
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=1e-5)
     assert (tmp_path / "run" / "checkpoints" / "step-6" / "random-1.json").exists()
+
+
+def test_two_trainings_in_one_folder_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with exclusive(tmp_path / "run"):
+        assert run_here("tiny-instruct", data, tmp_path / "run", *SHORT) == 1
+    assert "another process is training" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "log.jsonl").exists()

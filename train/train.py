@@ -28,7 +28,7 @@ from llava_collab.training.components import IMAGE_ONLY, clip, gradient_norms, l
 from llava_collab.training.files import read_json, write_json
 from llava_collab.training.guards import Coverage, CoverageError, NonFiniteError, check_finite
 from llava_collab.training.log import ExpertHealth, RunLog
-from llava_collab.training.opening import Student, finish, open_run, open_student, start
+from llava_collab.training.opening import Student, exclusive, finish, open_run, open_student, start
 from llava_collab.training.recipe import Recipe, RecipeError
 from llava_collab.training.recipe_file import parse_command
 from llava_collab.training.state import load_optimizer, load_random, save_optimizer, save_random
@@ -186,7 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and train; errors that a user can cure are told in one line."""
     recipe = parse_command(sys.argv[1:] if argv is None else argv, __doc__ or "")
     try:
-        return train(recipe)
+        with exclusive(Path(recipe.run.out)):
+            return train(recipe)
     except (RecipeError, SampleError, TooManyBadSamples, CheckpointError, EmptyStepError, NonFiniteError, CoverageError) as error:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError as error:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,24 @@ def start(recipe: Recipe) -> Accelerator:
         raise RuntimeError(f"this loop trains on one device or data-parallel, not under {engine}: launch it with torchrun or plain python.")
     set_seed(recipe.run.seed)
     return accelerator
+
+
+@contextmanager
+def exclusive(run: Path) -> Iterator[None]:
+    """One training at a time in a run folder; the kernel frees it when its holder dies, however. Only rank 0 holds it.
+
+    Raises RecipeError where another process trains there (a script that was killed can leave its child running).
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(f"another process is training in {run}: wait for it, stop it, or give another run.out.") from None
+        yield
 
 
 def open_run(recipe: Recipe, accelerator: Accelerator) -> bool:
