@@ -17,7 +17,7 @@ import tyro
 from llava_collab.evaluation import report
 from llava_collab.evaluation.plot import plot_scores
 from llava_collab.evaluation.records import RecordError
-from llava_collab.training.files import write_text
+from llava_collab.files import write_text
 
 
 @dataclass(frozen=True)

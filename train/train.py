@@ -22,10 +22,10 @@ from accelerate import Accelerator
 
 from llava_collab.data.conversation import SampleError
 from llava_collab.data.dataset import TooManyBadSamples
+from llava_collab.files import read_json, write_json
 from llava_collab.training.batches import Batches, open_batches
 from llava_collab.training.checkpoint import CheckpointError, Checkpoints
 from llava_collab.training.components import IMAGE_ONLY, clip, gradient_norms, learning_rate_factor, parameter_groups, table
-from llava_collab.training.files import read_json, write_json
 from llava_collab.training.guards import Coverage, CoverageError, NonFiniteError, check_finite
 from llava_collab.training.log import ExpertHealth, RunLog
 from llava_collab.training.opening import Student, exclusive, finish, open_run, open_student, start

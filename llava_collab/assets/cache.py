@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llava_collab.files import publish
+
 
 class AssetError(RuntimeError):
     """An asset can not be had; the message names it and the cure."""
@@ -44,20 +46,7 @@ def build_folder(root: Path, final: Path, key: str) -> Iterator[Path]:
     work.mkdir(parents=True)
     try:
         yield work
-        for path in work.rglob("*"):
-            if path.is_file() and not path.is_symlink():
-                _sync(path)
         final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(final, ignore_errors=True)  # an outdated one; a folder is not replaced by a rename
-        os.replace(work, final)
-        _sync(final.parent)
+        publish(work, final)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_collab.evaluation.text import caption_tokens
-from llava_collab.training.files import write_text
+from llava_collab.files import write_text
 
 Ngram = tuple[str, ...]
 MAX_N = 4

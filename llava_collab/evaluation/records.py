@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_collab.training.files import sha256, write_json, write_text
+from llava_collab.files import sha256, write_json, write_text
 
 RECORDS = "records.jsonl"
 RUN = "run.json"

@@ -20,8 +20,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 
+from llava_collab.files import publish, read_json, sha256, sync_files, write_json, write_text
 from llava_collab.training.components import Named
-from llava_collab.training.files import publish, read_json, sha256, sync_files, write_json, write_text
 
 MANIFEST = "manifest.json"
 

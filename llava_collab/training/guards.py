@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from llava_collab.files import write_json
 from llava_collab.training.components import IMAGE_ONLY, Named, component_of
-from llava_collab.training.files import write_json
 
 
 class NonFiniteError(RuntimeError):

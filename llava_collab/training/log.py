@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from llava_collab.training.files import write_text
+from llava_collab.files import write_text
 
 RATIO_ALARM = 1.0
 

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
+from llava_collab.files import publish, read_json, write_json
 from llava_collab.models.build import build, load
 from llava_collab.training.checkpoint import verify
 from llava_collab.training.components import EXPERTS, Named, cast_frozen, choose_trainable, component_of
-from llava_collab.training.files import publish, read_json, write_json
 from llava_collab.training.lora import add_adapters, merge_adapters, quantise, require_4bit
 from llava_collab.training.recipe import Recipe, RecipeError
 from llava_collab.training.recipe_file import differences, load_recipe, save_recipe

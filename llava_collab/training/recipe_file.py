@@ -16,7 +16,7 @@ from typing import Any, Literal
 import tyro
 import yaml
 
-from llava_collab.training.files import write_text
+from llava_collab.files import write_text
 from llava_collab.training.recipe import Recipe, RecipeError
 
 NEUTRAL_KEYS = frozenset(

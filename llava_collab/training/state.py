@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llava_collab.files import read_json, write_json
 from llava_collab.training.components import Named
-from llava_collab.training.files import read_json, write_json
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, trainable: Named, folder: Path) -> None:

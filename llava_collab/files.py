@@ -50,7 +50,7 @@ def sync_folder(path: Path) -> None:
 def sync_files(folder: Path) -> None:
     """Flush every file below a folder to the disk; raises OSError where the disk could not take it."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and not path.is_symlink():  # a package's links may point anywhere
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
 
