@@ -92,15 +92,23 @@ def test_where_and_how_often_to_save_may_change_between_starts(tmp_path: Path) -
     assert differences(recipe, load_recipe(_write(tmp_path, SMALL.replace("steps: 5", "steps: 6")))) == ["run.steps: 5 -> 6"]
 
 
-def test_a_file_can_be_narrowed_to_categories_that_it_has(tmp_path: Path) -> None:
+def test_a_file_can_be_narrowed_to_categories_and_families_that_it_has(tmp_path: Path) -> None:
     from llava_collab.training.batches import read_all
     from llava_collab.training.recipe import DataFile, DataRecipe
 
     talk = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hi."}]
-    rows = [{"id": str(i), "conversations": talk, "category": "Visual QA" if i % 2 else "Captions"} for i in range(6)]
+    rows = [
+        {"id": str(i), "conversations": talk, "category": "Visual QA" if i % 2 else "Captions", "family": "name" if i < 2 else "count"}
+        for i in range(6)
+    ]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     path = str(tmp_path / "d.jsonl")
     chosen = read_all(DataRecipe(files=(DataFile(path, categories=("Visual QA",), repeat=2),)))
     assert [sample.id for sample in chosen] == ["1", "3", "5"] * 2
     with pytest.raises(RecipeError, match=r"no sample of category \['Visual AQ'\]"):
         read_all(DataRecipe(files=(DataFile(path, categories=("Visual AQ",)),)))
+    assert [sample.id for sample in read_all(DataRecipe(files=(DataFile(path, families=("name",)),)))] == ["0", "1"]
+    both = DataFile(path, categories=("Visual QA",), families=("count",))
+    assert [sample.id for sample in read_all(DataRecipe(files=(both,)))] == ["3", "5"]
+    with pytest.raises(RecipeError, match=r"no sample of family \['side'\]"):
+        read_all(DataRecipe(files=(DataFile(path, families=("side",)),)))

@@ -129,16 +129,18 @@ def open_batches(recipe: Recipe, student: Student, accelerator: Accelerator) -> 
 
 
 def read_all(data: DataRecipe) -> list[Sample]:
-    """All samples of all files, each file `repeat` times. Raises RecipeError for a file or a category that is not there."""
+    """All samples of all files, each file `repeat` times. Raises RecipeError for a file, a category or a family that is not there."""
     samples: list[Sample] = []
     for number, file in enumerate(data.files):
         try:
             found = read_samples(file.path, file.image_root)
         except FileNotFoundError as error:
             raise RecipeError(f"data.files[{number}]: no file {file.path}; paths are relative to the current directory.") from error
-        if unknown := set(file.categories) - {sample.category for sample in found}:
-            raise RecipeError(f"data.files[{number}]: {file.path} has no sample of category {sorted(unknown)}.")
-        samples += [sample for sample in found if not file.categories or sample.category in file.categories] * file.repeat
+        for kind, wanted in (("category", file.categories), ("family", file.families)):
+            if unknown := set(wanted) - {getattr(sample, kind) for sample in found}:
+                raise RecipeError(f"data.files[{number}]: {file.path} has no sample of {kind} {sorted(unknown)}.")
+            found = [sample for sample in found if not wanted or getattr(sample, kind) in wanted]
+        samples += found * file.repeat
     return samples
 
 

@@ -31,6 +31,8 @@ class DataFile:
     """Folder that the image paths in the file start from (default: the file's own folder)."""
     categories: tuple[str, ...] = ()
     """Only the samples of these categories (default: all)."""
+    families: tuple[str, ...] = ()
+    """Only the samples of these question families (default: all)."""
     repeat: int = 1
     """How often each sample of this file is seen in one epoch."""
 
