@@ -7,14 +7,19 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .torchvision_guard import mend_torchvision
+
+mend_torchvision()
+
 if TYPE_CHECKING:
     from .models import (
-        ExpertConfig,
         HyperLlavaConfig,
         HyperLlavaForConditionalGeneration,
         HyperLlavaModel,
         HyperLlavaProcessor,
         HyperNetwork,
+        LanguageExpertConfig,
+        VisualExpertConfig,
     )
     from .types import Answer, Model, Request, Single, Turn, Usage
 
@@ -22,17 +27,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Answer",
-    "ExpertConfig",
     "HyperLlavaConfig",
     "HyperLlavaForConditionalGeneration",
     "HyperLlavaModel",
     "HyperLlavaProcessor",
     "HyperNetwork",
+    "LanguageExpertConfig",
     "Model",
     "Request",
     "Single",
     "Turn",
     "Usage",
+    "VisualExpertConfig",
 ]
 _TYPES = {"Answer", "Model", "Request", "Single", "Turn", "Usage"}
 

@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, subcommand
@@ -149,6 +149,127 @@ class Ask:
         return 0
 
 
+@dataclass
+class Converse:
+    """Talk with a trained model about images, turn by turn; answers stream. Works on a pipe too, one question a line."""
+
+    model: Positional[Path]
+    """a model folder, e.g. runs/quickstart/hyper/model"""
+    image: tuple[Path, ...] = ()
+    """image files that go with the first question, in order"""
+    max_new_tokens: int = 256
+    """length limit of an answer"""
+
+    def run(self) -> int:
+        from .chat import Chat, repl
+        from .models.build import load
+
+        return repl(Chat(*load(self.model), max_new_tokens=self.max_new_tokens), self.image)
+
+
+@dataclass
+class Export:
+    """Write the experts that the hypernetworks generate for one question as safetensors; its metadata say how to apply them."""
+
+    model: Positional[Path]
+    """a model folder, e.g. runs/quickstart/hyper/model"""
+    prompt: str
+    """the question; image marks are put in front of it"""
+    out: Path
+    """the file to write"""
+    image: tuple[Path, ...] = ()
+    """image files, in order"""
+
+    def run(self) -> int:
+        from .export import export_experts
+        from .models.build import load
+
+        meta = export_experts(*load(self.model), self.prompt, self.image, self.out, folder=self.model)
+        for name, expert in meta["experts"].items():
+            print(f"{name}: {expert['equation']}\n  x: {expert['x']}\n  added to: {expert['added_to']}")
+            for tensor, shape in expert["tensors"].items():
+                print(f"  {tensor} {shape}")
+        print(f"wrote {self.out}")
+        return 0
+
+
+@dataclass
+class Ablate:
+    """What are a model's generated weights worth? Answers and losses with other codes than each sample's own, with intervals."""
+
+    model: Positional[Path]
+    """a model folder with a dynamic expert"""
+    out: Path
+    """folder for records, ablate.md, ablate.json and ablate.png; a killed run goes on"""
+    suite: Path = Path("eval/suites/cmt-open.yaml")
+    """what is asked and how it is scored"""
+    data_root: Path | None = None
+    """folder of the data, in place of the suite's own"""
+    split: str = "test"
+    """split of the suite"""
+    items_per_category: int | None = 50
+    """at most so many items of each category"""
+    categories: tuple[str, ...] = ()
+    """only these categories (default: all)"""
+    batch_size: int = 16
+    """questions answered at once"""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N"""
+
+    def run(self) -> int:
+        from .evaluation.ablate import ablate
+        from .evaluation.evaluator import choose
+        from .evaluation.suite import load_suite
+        from .models.build import load
+        from .types import Single
+
+        suite = load_suite(self.suite)
+        samples = [s for s in suite.read(self.split, self.data_root) if not self.categories or s.category in self.categories]
+        network, processor = load(self.model)
+        model = Single(network.to(self.device), processor, str(self.model))  # pyright: ignore[reportArgumentType]
+        chosen = choose(samples, self.items_per_category, seed=0)
+        print(ablate(self.model, model, suite, chosen, suite.read("train", self.data_root), self.out, self.batch_size))
+        return 0
+
+
+@dataclass
+class Inspect:
+    """Say what a path is (model, delta, stock or original LLaVA, run, checkpoint, base), what is in it, and which command loads it."""
+
+    path: Positional[Path]
+    """a folder, or a file of tensors"""
+
+    def run(self) -> int:
+        from .models.inspect import inspect
+
+        print(inspect(self.path).text())
+        return 0
+
+
+@dataclass
+class Convert:
+    """Convert an original LLaVA (full, projector alone, or LoRA) or a llava-hf checkpoint into a model folder, or ours into stock LLaVA."""
+
+    source: Positional[str]
+    """a folder or hub id"""
+    out: Positional[Path]
+    """the new folder"""
+    to: Literal["ours", "stock"] = "ours"
+    """stock: for LlavaForConditionalGeneration, where the experts are off"""
+    base: str | None = None
+    """what a projector or LoRA stands on, if its files do not name it: a folder or hub id such as lmsys/vicuna-7b-v1.5"""
+    vision_tower: str | None = None
+    """the CLIP that config.json names, from another place"""
+    template: str | None = None
+    """plain | vicuna_v1 | chatml; by default the source's own"""
+
+    def run(self) -> int:
+        from .models.convert import convert
+
+        print(f"wrote {convert(self.source, self.out, to=self.to, base=self.base, vision_tower=self.vision_tower, template=self.template)}")
+        return 0
+
+
 Data = Annotated[DataCheck, subcommand("check")] | Annotated[DataBuild, subcommand("build")]
 
 
@@ -167,6 +288,11 @@ Verb = (
     | Annotated[Assets, subcommand("assets")]
     | Annotated[DataVerb, subcommand("data")]
     | Annotated[Ask, subcommand("ask")]
+    | Annotated[Converse, subcommand("chat")]
+    | Annotated[Export, subcommand("export")]
+    | Annotated[Ablate, subcommand("ablate")]
+    | Annotated[Inspect, subcommand("inspect")]
+    | Annotated[Convert, subcommand("convert")]
 )
 
 

@@ -13,6 +13,8 @@ import platform
 import sys
 from collections.abc import Iterable
 
+from .torchvision_guard import mend_torchvision
+
 CORE = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy", "PIL", "yaml", "tyro", "tqdm")
 OPTIONAL = {  # module -> what it is for, and how to get it
     "gguf": "convert SmolLM2 (pip install 'llava_collab[assets]')",
@@ -25,9 +27,17 @@ OPTIONAL = {  # module -> what it is for, and how to get it
     "bitsandbytes": "4-bit LoRA on CUDA (pip install 'llava_collab[gpu]')",
     "deepspeed": "ZeRO (pip install 'llava_collab[dist]')",
     "flash_attn": "faster attention on CUDA (pip install --no-build-isolation flash-attn); SDPA is used without it",
-    "timm": "more vision towers (pip install 'llava_collab[towers]')",
+    "torchvision": "needed by timm and open_clip (pip install -c constraints-cpu.txt 'llava_collab[towers]')",
+    "timm": "more vision towers (pip install -c constraints-cpu.txt 'llava_collab[towers]')",
+    "open_clip": "more vision towers (pip install -c constraints-cpu.txt 'llava_collab[towers]')",
 }
-_DISTRIBUTIONS = {"PIL": "pillow", "yaml": "PyYAML", "rouge_score": "rouge-score", "flash_attn": "flash-attn"}
+_DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "PyYAML",
+    "rouge_score": "rouge-score",
+    "flash_attn": "flash-attn",
+    "open_clip": "open-clip-torch",
+}
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -94,7 +104,12 @@ def report() -> tuple[str, bool]:
     )
     own = {name: try_import(name) for name in floors}
     lines = [f"python {platform.python_version()} ({sys.executable}), {platform.platform()}"]
-    lines += ["core:", *core, "optional:", *optional, "llava_collab:"]
+    lines += ["core:", *core, "optional:", *optional]
+    if mend_torchvision():
+        lines.append(
+            "  note     torchvision was built for CUDA and torch was not; llava_collab makes it importable, without its C++ operators"
+        )
+    lines.append("llava_collab:")
     for name, failure in own.items():
         lines.append(f"  ok       {name}" if failure is None else f"  BROKEN   {name}: {failure}")
     if try_import("torch") is None:

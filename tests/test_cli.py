@@ -8,8 +8,10 @@ import pytest
 from llava_collab.cli import main
 from llava_collab.doctor import CORE, OPTIONAL, report, root_cause
 
+VERBS = ["doctor", "assets", "data", "data check", "data build", "ask", "chat", "export", "ablate", "inspect", "convert"]
 
-@pytest.mark.parametrize("verb", [[], ["doctor"], ["assets"], ["data"], ["data", "check"], ["data", "build"], ["ask"]])
+
+@pytest.mark.parametrize("verb", [[], *map(str.split, VERBS)])
 def test_every_verb_has_help(verb: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*verb, "--help"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from toy import toy_model
 from transformers import AutoProcessor, Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
 from llava_collab.data.collate import Collator
-from llava_collab.models import HyperLlavaProcessor
+from llava_collab.models import HyperLlavaProcessor, LanguageExpertConfig
 from llava_collab.models.build import ModelSpec, build, extract_features, load, tower_key
 from llava_collab.models.towers import IMAGENET_MEAN, IMAGENET_STD, FusedVisionConfig, FusedVisionModel
 from llava_collab.types import Request, Single, Turn
@@ -93,7 +94,7 @@ def test_experts_can_be_added_to_a_static_checkpoint_without_changing_it(tmp_pat
     batch = processor.encode_requests([Request("q", (Turn("user", "<image>\nWhat?"),), (picture(),))])
     assert torch.equal(static(**batch).logits, hyper(**batch).logits)
     assert json.loads((tmp_path / "config.json").read_text())["visual_expert"] is None
-    assert hyper.config.language_expert == {"bottleneck": 4, "code_width": 8}
+    assert hyper.config.language_expert == asdict(LanguageExpertConfig(bottleneck=4, code_width=8))  # written out in full
     for expert in (hyper.model.language_expert, hyper.model.multi_modal_projector.visual_expert):
         assert expert.base.abs().sum() > 0 and not expert.decoder_weight.any()
 

@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from toy import BOTH, DECODERS, pad_batch, pixels, prompt, toy_config, toy_model
-from transformers import AutoModel, AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+)
 
 from llava_collab.models import HyperLlavaForConditionalGeneration, HyperLlavaModel
 
@@ -82,10 +91,16 @@ def test_experts_in_fp32_when_loaded_in_bf16(tmp_path: Path) -> None:
     assert model(**batch()).logits.dtype == torch.bfloat16
 
 
-def test_a_block_of_another_shape_is_refused() -> None:
-    from transformers import GPT2Config
-
-    config = toy_config(language_expert={})
-    config.text_config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=50)
-    with pytest.raises((ValueError, AttributeError), match="decoder|layers"):
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=50), "a decoder with `layers`; GPT2Model has none"),
+        (GPTNeoXConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=32, vocab_size=50), "attention"),
+        (GraniteConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=32, vocab_size=50), "unscaled"),
+    ],
+)
+def test_a_block_of_another_shape_is_refused(other: PreTrainedConfig, says: str) -> None:
+    config = toy_config()
+    config.text_config, config.language_expert = other, toy_config(language_expert={}).language_expert
+    with pytest.raises(ValueError, match=says):
         HyperLlavaForConditionalGeneration(config)

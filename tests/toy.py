@@ -46,9 +46,9 @@ def toy_model(decoder: str = "llama", trained: bool = True, **experts: dict | No
     torch.manual_seed(0)
     model = HyperLlavaForConditionalGeneration(toy_config(decoder, **experts)).eval()
     if trained:
-        for expert in (model.model.multi_modal_projector.visual_expert, model.model.language_expert):
-            if expert is not None:
-                for parameter in (expert.decoder_weight, expert.decoder_bias, expert.base):
+        for expert in (*model.model.multi_modal_projector.experts, model.model.language_expert):
+            for name, parameter in expert.named_parameters() if expert is not None else ():
+                if not name.startswith("encoder"):
                     torch.nn.init.normal_(parameter, std=0.3)
     return model
 

@@ -1,7 +1,7 @@
 """HyperLLaVA in the Hugging Face form. Importing this registers its classes with transformers' Auto classes."""
 
-from . import efficientnet_lite, towers  # noqa: F401 - registers the towers
-from .configuration import ExpertConfig, HyperLlavaConfig
+from . import efficientnet_lite, library_towers, towers  # noqa: F401 - registers the towers
+from .configuration import ExpertConfig, HyperLlavaConfig, LanguageExpertConfig, VisualExpertConfig
 from .hypernetwork import ExpertWeights, HyperNetwork
 from .modeling import HyperLlavaForConditionalGeneration, HyperLlavaModel
 from .processor import HyperLlavaProcessor
@@ -14,4 +14,6 @@ __all__ = [
     "HyperLlavaModel",
     "HyperLlavaProcessor",
     "HyperNetwork",
+    "LanguageExpertConfig",
+    "VisualExpertConfig",
 ]

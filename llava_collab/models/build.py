@@ -21,13 +21,16 @@ from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    GenerationConfig,
     LlamaConfig,
     PreTrainedConfig,
 )
 
 from ..data.conversation import IMAGE_MARK, TEMPLATES
 from .bases import is_base, prepare
+from .chat_templates import taking_strings
 from .configuration import HyperLlavaConfig
+from .library_towers import PREFIXES, pretrained_tower
 from .modeling import HyperLlavaForConditionalGeneration
 from .processor import HyperLlavaProcessor
 from .tiny import tiny_tokenizer
@@ -41,11 +44,12 @@ class ModelSpec:
     language_model: str = "tiny"
     """`tiny`, `smollm2-135m` (or a cut of it such as `smollm2-135m-l8-v8k`), a folder, or a hub id such as lmsys/vicuna-7b-v1.5"""
     vision_tower: str = "tiny"
-    """`tiny`, `efficientnet-lite0`, `dinov2-s`, `fused` (both), a folder, or a hub id such as openai/clip-vit-large-patch14-336"""
+    """`tiny`, `efficientnet-lite0`, `dinov2-s`, `fused` (both), a folder, a hub id such as openai/clip-vit-large-patch14-336,
+    `timm/<name>`, or `open_clip/<architecture>:<weights>`"""
     visual_expert: dict | None = None
-    """null (off), or {} for the paper's sizes, or {bottleneck: 16, code_width: 64}"""
+    """null (off), {} for the paper's, or fields of VisualExpertConfig such as {bottleneck: 16, layers: both}"""
     language_expert: dict | None = None
-    """null (off), or {} for the paper's sizes, or {bottleneck: 16, code_width: 64}"""
+    """null (off), {} for the paper's, or fields of LanguageExpertConfig such as {bottleneck: 16, layers: all}"""
     template: str = "chatml"
     """plain | vicuna_v1 | chatml | own (the tokenizer's chat template)"""
     init_from: str | None = None
@@ -114,7 +118,7 @@ def load(
     visual_expert: dict | None = None,
     language_expert: dict | None = None,
 ) -> tuple[HyperLlavaForConditionalGeneration, HyperLlavaProcessor]:
-    """A checkpoint (ours or stock LLaVA's, folder or hub id) and its processor; experts given here are added where it has none.
+    """A checkpoint (ours, a delta, or stock LLaVA's; folder or hub id) and its processor; experts given here are added where it has none.
 
     Raises ValueError naming every missing, unexpected or mismatched key, and for a folder that is no LLaVA at all. Only keys of
     experts that are added here may be missing.
@@ -127,9 +131,17 @@ def load(
                 added.append(name)
             setattr(config, name, value)
     config = HyperLlavaConfig(**{k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "dtype")})
+    tensors, place = None, folder
+    if (Path(folder) / "delta.safetensors").is_file():
+        from .delta import read_delta  # which loads bases, through here
+
+        (tensors, stored), place = read_delta(Path(folder)), None
+        dtype = dtype or stored
     model, report = HyperLlavaForConditionalGeneration.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-        folder, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+        place, config=config, state_dict=tensors, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
     )
+    if tensors is not None:
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     missing = [key for key in report["missing_keys"] if not any(name in key for name in added)]
     problems = {
         "missing": sorted(missing),
@@ -140,12 +152,16 @@ def load(
         lines = [f"  {kind}: {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}" for kind, keys in problems.items() if keys]
         raise ValueError(f"{folder} does not fit its config.json:\n" + "\n".join(lines))
     _fp32_experts(model)
-    return model.eval(), HyperLlavaProcessor.from_pretrained(folder)
+    processor = HyperLlavaProcessor.from_pretrained(folder, backend="pil")
+    processor.chat_template = taking_strings(str(processor.chat_template or processor.tokenizer.chat_template), processor.tokenizer)
+    return model.eval(), processor
 
 
 def _read_config(folder: str | Path) -> PreTrainedConfig:
     if Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
         raise ValueError(f"{folder} holds no config.json; a model folder is what training writes to `<run>/model`")
+    if "mm_vision_tower" in PreTrainedConfig.get_config_dict(folder)[0]:
+        raise ValueError(f"{folder} is in the layout of the original LLaVA; convert it first: llava-collab convert {folder} OUT")
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in ("llava", "hyper_llava"):
         raise ValueError(
@@ -160,7 +176,7 @@ def _initialise_new_parts(model: HyperLlavaForConditionalGeneration, seed: int) 
     for linear in (projector.linear_1, projector.linear_2):
         torch.manual_seed(seed)
         linear.reset_parameters()
-    for number, expert in enumerate((projector.visual_expert, language_expert), start=1):
+    for number, expert in enumerate((projector.visual_expert, language_expert, projector.visual_expert_2), start=1):
         torch.manual_seed(seed + number)
         if expert is not None:
             expert.reset_parameters()
@@ -168,7 +184,7 @@ def _initialise_new_parts(model: HyperLlavaForConditionalGeneration, seed: int) 
 
 def _fp32_experts(model: HyperLlavaForConditionalGeneration) -> None:
     """The generators stay in fp32 whatever the rest is in."""
-    for part in (model.model.multi_modal_projector.visual_expert, model.model.language_expert):
+    for part in (*model.model.multi_modal_projector.experts, model.model.language_expert):
         if part is not None:
             part.float()
 
@@ -198,7 +214,10 @@ def _language_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
+        rows = model.get_input_embeddings().weight.shape[0]
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for part in {model.get_input_embeddings(), model.get_output_embeddings()}:  # not drawn at random: a base is the same everywhere
+            part.weight.data[rows:] = part.weight.data[:rows].mean(0)
     return model, tokenizer
 
 
@@ -211,6 +230,9 @@ def _vision_tower(name: str, dtype: torch.dtype) -> tuple[Any, int, Any, int, tu
         return AutoModel.from_config(config).to(dtype), -2, "default", 1, IMAGENET_MEAN, IMAGENET_STD
     if name == "fused":
         return _fused_tower(dtype), -1, "full", 0, IMAGENET_MEAN, IMAGENET_STD
+    if name.startswith(PREFIXES):
+        tower, mean, std = pretrained_tower(name, dtype)
+        return tower, -1, *_tokens_beside_patches(tower), mean, std
     source = _source(name)
     tower = AutoModel.from_pretrained(source, dtype=dtype)
     tower = getattr(tower, "vision_model", tower)
@@ -218,7 +240,22 @@ def _vision_tower(name: str, dtype: torch.dtype) -> tuple[Any, int, Any, int, tu
     if tower.config.model_type == "efficientnet_lite":
         return tower, -1, "full", 0, mean, std
     layer = -4 if name == "dinov2-s" else -2  # this DINOv2 was tuned for saliency: semantics fade in its last three layers
-    return tower, layer, "default", 1, mean, std
+    return tower, layer, *_tokens_beside_patches(tower), mean, std
+
+
+@torch.no_grad()
+def _tokens_beside_patches(tower: Any) -> tuple[Any, int]:
+    """Select strategy and tokens beside the patches: CLIP and DINOv2 have a class token in front, SigLIP and grids have none.
+
+    Raises ValueError for towers with more, such as registers: LLaVA knows to leave out one token.
+    """
+    config, parameter = tower.config, next(tower.parameters())
+    pixels = torch.zeros(1, 3, config.image_size, config.image_size, dtype=parameter.dtype, device=parameter.device)
+    tokens = tower.eval()(pixels, output_hidden_states=True, return_dict=True).hidden_states[-1].shape[1]
+    beside = tokens - (config.image_size // config.patch_size) ** 2
+    if beside not in (0, 1):
+        raise ValueError(f"the vision tower {config.model_type!r} gives {beside} tokens beside its patches; LLaVA leaves out at most 1")
+    return ("default", 1) if beside else ("full", 0)
 
 
 def _fused_tower(dtype: torch.dtype) -> FusedVisionModel:
@@ -266,21 +303,26 @@ def _set_generation(model: HyperLlavaForConditionalGeneration, tokenizer: Any) -
 
 @torch.no_grad()
 def extract_features(model: HyperLlavaForConditionalGeneration, pixel_values_N3HW: Tensor) -> Tensor:
-    """[N, P, V] outputs of the tower as the projector gets them, for the feature cache of a frozen tower."""
+    """[N, P, V] outputs of the tower as the projector gets them (the class token in front where it guides the visual expert)."""
     config, tower = model.config, model.model.vision_tower
     parameter = next(tower.parameters())
     outputs = tower(pixel_values_N3HW.to(parameter.device, parameter.dtype), output_hidden_states=True, return_dict=True)
     layers = config.vision_feature_layer
     states = [outputs.hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
-    start = 1 if config.vision_feature_select_strategy == "default" else 0
+    start = 1 if _strategy(model) == "default" else 0
     return torch.cat([state[:, start:] for state in states], dim=-1)
+
+
+def _strategy(model: HyperLlavaForConditionalGeneration) -> str:
+    visual = model.config.visual
+    return "full" if visual is not None and visual.guidance == "cls" else model.config.vision_feature_select_strategy
 
 
 def tower_key(model: HyperLlavaForConditionalGeneration, processor: HyperLlavaProcessor) -> str:
     """sha256 over the tower's weights, its selected layer and the pixel preprocessing: what cached features depend on."""
     digest = hashlib.sha256()
     config, images = model.config, processor.image_processor
-    settings = [config.vision_feature_layer, config.vision_feature_select_strategy, processor.image_aspect_ratio]
+    settings = [config.vision_feature_layer, _strategy(model), processor.image_aspect_ratio]
     settings += [_plain(config.vision_config)]  # pyright: ignore[reportArgumentType]
     settings += [{k: v for k, v in images.to_dict().items() if isinstance(v, int | float | str | list | dict)}]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())

@@ -9,6 +9,7 @@ Nothing about a sample is ever kept on a module, so two interleaved calls cannot
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -16,59 +17,107 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from .configuration import ExpertConfig, HyperLlavaConfig
-from .hypernetwork import ExpertWeights, HyperNetwork, apply_expert, masked_mean
+from .configuration import HyperLlavaConfig, LanguageExpertConfig
+from .hypernetwork import ExpertWeights, Generated, HyperNetwork, apply_expert, last_marked, masked_mean
 
 
 class HyperLlavaProjector(LlavaMultiModalProjector):
-    """LLaVA-1.5's two-layer projector with the visual expert on its first layer: `L2(gelu(L1 f + E_V1 f))` (Eq. 6, "use 1st").
+    """LLaVA-1.5's two-layer projector with a visual expert on its first layer, its second, or both (Eq. 6).
 
-    Guidance is the mean over an image's own patch features, so every image writes its own expert, also in samples of many images.
-    The sum stands before the GELU, where the expert is a true shift of the first layer's parameters (the paper does not say).
+        first   L2(L1 f + E_V1 f)        second   L2(L1 f) + E_V2(L1 f)        both   L2(L1 f + E_V1 f) + E_V2(L1 f)
+
+    Guidance is made of an image's own features (their mean, or the class token), so every image writes its own experts, also in
+    samples of many images. L1 f stands for what the static second layer reads, behind the GELU; E_V2 sees it without E_V1's part.
     """
 
     def __init__(self, config: HyperLlavaConfig) -> None:
         super().__init__(config)
-        if config.visual_expert is not None:
-            self.visual_expert: HyperNetwork | None = HyperNetwork(
-                guidance_width=self.linear_1.in_features,
-                in_width=self.linear_1.in_features,
-                out_width=self.linear_1.out_features,
-                layers=1,
-                config=ExpertConfig(**config.visual_expert),
-            )
-        else:
-            self.visual_expert = None
+        self.visual_expert: HyperNetwork | None = None
+        self.visual_expert_2: HyperNetwork | None = None
+        settings = config.visual
+        if settings is None:
+            return
+        width, inner, out = self.linear_1.in_features, self.linear_1.out_features, self.linear_2.out_features
+        if settings.layers in ("first", "both"):
+            self.visual_expert = HyperNetwork(width, width, inner, layers=1, config=settings)
+        if settings.layers in ("second", "both"):
+            self.visual_expert_2 = HyperNetwork(width, inner, out, layers=1, config=settings)
+        self.after_gelu = settings.insertion == "after_gelu"
+        self.detach = settings.detach
+        self.class_token = settings.guidance == "cls"
 
-    def forward(self, image_features: Tensor) -> Tensor:
-        """[N, P, V] tower features to [N, P, D] embeddings."""
+    @property
+    def experts(self) -> tuple[HyperNetwork, ...]:
+        """Those that are there, first layer's first."""
+        return tuple(expert for expert in (self.visual_expert, self.visual_expert_2) if expert is not None)
+
+    def guidance(self, image_features: Tensor) -> Tensor:
+        """[N, V], one vector an image."""
+        guidance_NV = image_features[:, 0] if self.class_token else image_features.mean(1)
+        return guidance_NV.detach() if self.detach else guidance_NV
+
+    def forward(self, image_features: Tensor, weights: tuple[tuple[Tensor, Tensor], ...] | None = None) -> Tensor:
+        """[N, P, V] tower features to [N, P, D] embeddings; with `guidance: cls` a class token [N, 1 + P, V] in front, which is read only.
+
+        `weights`: use these instead of each image's own (one for each of `experts`), to see what they are worth.
+        """
+        if not self.experts:
+            return super().forward(image_features)
+        guidance_NV = self.guidance(image_features)
+        given = iter(weights or (None,) * len(self.experts))
+        image_features = image_features[:, 1:] if self.class_token else image_features
         hidden_NPD = self.linear_1(image_features)
+        read_NPD = static_NPD = self.act(hidden_NPD) if self.after_gelu or self.visual_expert_2 is not None else None
         if self.visual_expert is not None:
-            weights = self.visual_expert(image_features.detach().mean(1))
-            expert_NPD = apply_expert(image_features, *weights.layer(0))
-            self.visual_expert.record_ratio(expert_NPD, hidden_NPD)
-            hidden_NPD = hidden_NPD + expert_NPD
-        return self.linear_2(self.act(hidden_NPD))
+            shift_NPD = _visual(self.visual_expert, guidance_NV, next(given), image_features, hidden_NPD)
+            read_NPD = static_NPD + shift_NPD if self.after_gelu and static_NPD is not None else self.act(hidden_NPD + shift_NPD)
+        out_NPD = self.linear_2(read_NPD)
+        if self.visual_expert_2 is not None and static_NPD is not None:
+            out_NPD = out_NPD + _visual(self.visual_expert_2, guidance_NV, next(given), static_NPD, out_NPD)
+        return out_NPD
+
+
+def _visual(expert: HyperNetwork, guidance_NV: Tensor, given: Any, x_NPD: Tensor, beside_NPD: Tensor) -> Tensor:
+    generated = expert(guidance_NV, None if given is None else ExpertWeights(*given))
+    out_NPD = apply_expert(x_NPD, generated.layer(0), expert.config.activation)
+    expert.record_ratio(out_NPD, beside_NPD)
+    return out_NPD
 
 
 class ExpertContext:
-    """One forward call's language-expert weights: given (decoding), or generated when the first expert block is reached.
+    """One forward call's language-expert weights: given (decoding), or generated when the guidance layer is reached.
 
-    The guidance is the state entering that block (the output of the intermediate layer), averaged over the first turn's prompt
-    tokens and detached. Answer tokens never enter it: they would leak the label.
+    The guidance is the state entering that block, pooled over the first turn's prompt tokens. Answer tokens never enter it: they
+    would leak the label.
     """
 
     def __init__(self, generator: HyperNetwork, guidance_mask_BT: Tensor | None, weights: ExpertWeights | None) -> None:
         self.generator = generator
+        self.settings: LanguageExpertConfig = generator.config  # pyright: ignore[reportAttributeAccessIssue]
         self.guidance_mask_BT = guidance_mask_BT
-        self.weights = weights
+        self.generated: Generated | None = generator(None, weights) if weights is not None else None
 
-    def fill(self, hidden_BTD: Tensor) -> ExpertWeights:
+    def guidance(self, hidden_BTD: Tensor) -> Tensor:
+        """[B, D] fp32, one vector a sample."""
+        assert self.guidance_mask_BT is not None
+        pool = last_marked if self.settings.guidance == "last_prompt_token" else masked_mean
+        guidance_BD = pool(hidden_BTD, self.guidance_mask_BT)
+        return guidance_BD.detach() if self.settings.detach else guidance_BD
+
+    def fill(self, hidden_BTD: Tensor) -> Generated:
         """The weights, made from `hidden_BTD` unless they are there already: one generator call a forward."""
-        if self.weights is None:
-            assert self.guidance_mask_BT is not None
-            self.weights = self.generator(masked_mean(hidden_BTD, self.guidance_mask_BT).detach())
-        return self.weights
+        generated = self.generated
+        if generated is None:
+            generated = self.generated = self.generator(self.guidance(hidden_BTD))
+        return generated
+
+
+class GuidanceBlock(nn.Module):
+    """Mixed in front of the class of a stock block where guidance is pooled before the first expert block: it only fills the context."""
+
+    def __call__(self, hidden_states: Tensor, *args: Any, expert_context: ExpertContext | None = None, **kwargs: Any) -> Tensor:
+        _present(expert_context).fill(hidden_states)
+        return super().__call__(hidden_states, *args, expert_context=expert_context, **kwargs)
 
 
 class ExpertBlock(nn.Module):
@@ -86,16 +135,14 @@ class ExpertBlock(nn.Module):
     def __call__(self, hidden_states: Tensor, *, expert_context: ExpertContext | None = None, **kwargs: Any) -> Tensor:
         # In __call__, not in forward: gradient checkpointing wraps forward (or __call__ of the stock class) and would generate the
         # weights again in the backward pass. The checkpointed part gets them as positional tensors, right for both kinds of checkpoint.
-        if expert_context is None:
-            raise RuntimeError("an expert block was called without its context; call the HyperLLaVA model, not its language model alone")
-        weights = expert_context.fill(hidden_states).layer(self.expert_index)
-        return super().__call__(hidden_states, *weights, generator=expert_context.generator, **kwargs)
+        context = _present(expert_context)
+        weights = context.fill(hidden_states).layer(self.expert_index)
+        return super().__call__(hidden_states, *weights, generator=context.generator, **kwargs)
 
     def forward(
         self,
         hidden_states: Tensor,
-        down_BKD: Tensor,
-        up_BOK: Tensor,
+        *weights: Tensor,
         generator: HyperNetwork,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -116,41 +163,58 @@ class ExpertBlock(nn.Module):
         hidden_BTD = hidden_states + attended_BTD
         normed_BTD = self.post_attention_layernorm(hidden_BTD)
         static_BTD = self.mlp(normed_BTD)
-        expert_BTD = apply_expert(normed_BTD, down_BKD, up_BOK)
+        expert_BTD = apply_expert(normed_BTD, weights, generator.config.activation)
         generator.record_ratio(expert_BTD, static_BTD)
         return hidden_BTD + static_BTD + expert_BTD
 
 
+def _present(context: ExpertContext | None) -> ExpertContext:
+    if context is None:
+        raise RuntimeError("an expert block was called without its context; call the HyperLLaVA model, not its language model alone")
+    return context
+
+
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+_CURE = "Use a Llama, Vicuna, Mistral, Qwen2, Qwen3 or SmolLM2 decoder, or set language_expert to null"
 
 
 @cache
-def _expert_class(stock: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Expert{stock.__name__}", (ExpertBlock, stock), {"__module__": __name__})
+def _mixed(mixin: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
+    return type(f"{mixin.__name__.removesuffix('Block')}{stock.__name__}", (mixin, stock), {"__module__": __name__})
 
 
-def install_experts(language_model: Any, layers: range) -> None:
+def _llama_block(language_model: Any, layer: int) -> Any:
+    if not hasattr(language_model, "layers"):
+        raise ValueError(f"a language expert needs a decoder with `layers`; {type(language_model).__name__} has none. {_CURE}")
+    block = language_model.layers[layer]
+    children = {name for name, _ in block.named_children()}
+    if children != set(_PARTS) or hasattr(block, "residual_multiplier"):  # Granite: the same parts, but scaled
+        raise ValueError(
+            f"a language expert needs blocks made of exactly {_PARTS}, added up unscaled; {type(block).__name__} of "
+            f"{type(language_model).__name__} has {sorted(children)}. {_CURE}"
+        )
+    return block
+
+
+def install_experts(language_model: Any, layers: Sequence[int], guidance_layer: int | None) -> None:
     """Turn the given decoder blocks into expert blocks, in place (same modules, same names, same parameters).
 
     Raises ValueError for a block that is not of the Llama kind (Llama, Vicuna, Mistral, Qwen2, Qwen3, SmolLM2).
     """
     for index, layer in enumerate(layers):
-        block = language_model.layers[layer]
-        children = {name for name, _ in block.named_children()}
-        if children != set(_PARTS):
-            raise ValueError(
-                f"a language expert needs blocks made of exactly {_PARTS}; {type(block).__name__} of {type(language_model).__name__} has "
-                f"{sorted(children)}. Use a Llama, Vicuna, Mistral, Qwen2, Qwen3 or SmolLM2 decoder, or set language_expert to null"
-            )
-        block.__class__ = _expert_class(type(block))
+        block = _llama_block(language_model, layer)
+        block.__class__ = _mixed(ExpertBlock, type(block))
         block.expert_index = index
+    if guidance_layer is not None and guidance_layer < layers[0]:
+        block = language_model.layers[guidance_layer]
+        block.__class__ = _mixed(GuidanceBlock, type(block))
 
 
 def check_expert_weights(weights: ExpertWeights, batch: int) -> ExpertWeights:
     """`weights` as an `ExpertWeights`; raises ValueError if they were made for another number of samples."""
     weights = ExpertWeights(*weights)
-    if weights.down_BLKD.shape[0] != batch:
-        raise ValueError(f"expert_weights are of {weights.down_BLKD.shape[0]} samples, the batch has {batch}: they belong to another call")
+    if weights.down.shape[0] != batch:
+        raise ValueError(f"expert_weights are of {weights.down.shape[0]} samples, the batch has {batch}: they belong to another call")
     return weights
 
 

@@ -1,14 +1,17 @@
 """The hypernetwork (paper, Eqs. 2-4) and the expert whose weights it writes (Eq. 5).
 
-Shapes: B samples, L generated layers, G guidance width, C code width, K bottleneck, D expert input width, O expert output width,
-T tokens, W = K * (D + O) numbers a layer.
+Shapes: B samples, L generated layers, G guidance width, C code width, K bottleneck, R rows of the down-projection (K, or 2 K where
+the activation is a gate), D expert input width, O expert output width, T tokens, H = C width of the shared factors, W = R D + K O
+numbers a layer.
 
-    code    e(n) = E_n guidance                     one encoder a layer, with bias
-    weights K(n) = W2 z(n) + B2 + b(n)              W2 and B2 shared by all layers, b(n) of each layer; z = rms_norm(e) / sqrt(C)
-    expert  E(x) = W_up silu(W_down x)              both projections generated, no biases
+    code    e(n) = E_n guidance                     one encoder a layer, with bias;  z = rms_norm(e) / sqrt(C)
+    weights K(n) = W2 z(n) + B2 + b(n)              shared: W2, B2 for all layers, b(n) of each
+            K(n) = W2(n) z(n) + b(n)                per_layer: all of each layer
+            K(n) = (W1 z(n) + B1) W2 + b(n)         factorised: a small matrix a sample times one W2 for all layers and samples
+    expert  E(x) = W_up act(W_down x)               both projections generated, no biases
 
-This is variant G1 of the two legal readings of Eq. 4: a flat decoder. Eq. 4's W1 is not a module of its own: without a
-non-linearity between them (none is written) W1 and E_n are one linear map. What the paper leaves open is chosen so that training
+Eq. 4 can be read flat (shared, per_layer) or as a product (factorised); where it is flat its W1 is not a module of its own: without
+a non-linearity between them (none is written) W1 and E_n are one linear map. What the paper leaves open is chosen so that training
 starts at the static model and stays stable: the guidance is RMS-normalised (mid-layer states of language models have massive
 dimensions), so is the code, and z is scaled by 1/sqrt(C) because every row of a flat head sees the same z, so that one Adam
 step moves every generated weight by about lr * |z|_1.
@@ -26,22 +29,64 @@ from transformers import initialization as init
 
 from .configuration import ExpertConfig
 
+_TINY = 1e-3  # scale of the "small" initialisation, as the authors' summarisation code has it (IDEAL, arXiv 2407.10486)
+
 
 class ExpertWeights(NamedTuple):
-    """Generated weights of every sample and layer, batch first so that they can be repeated for beams."""
+    """What was written for every sample and layer; batch first, so that it can be repeated for beams.
 
-    down_BLKD: Tensor
-    up_BLOK: Tensor
+    Whole matrices down [B, L, R, D] and up [B, L, O, K]; of a factorised generator only its dynamic factors [B, L, R, H] and [B, L, K, H].
+    """
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """`(down [B, K, D], up [B, O, K])` of one layer."""
-        return self.down_BLKD[:, index], self.up_BLOK[:, index]
+    down: Tensor
+    up: Tensor
 
 
-def apply_expert(x_BTD: Tensor, down_BKD: Tensor, up_BOK: Tensor) -> Tensor:
-    """Eq. 5 for a batch, every sample with its own weights: `W_up silu(W_down x)`, shape [B, T, O], in x's dtype."""
-    hidden_BTK = F.silu(torch.bmm(x_BTD, down_BKD.to(x_BTD.dtype).transpose(1, 2)))
-    return torch.bmm(hidden_BTK, up_BOK.to(hidden_BTK.dtype).transpose(1, 2)).to(x_BTD.dtype)
+class Factors(NamedTuple):
+    """What all samples share in a factorised generator: W2 of both projections, and b(n)."""
+
+    down_HD: Tensor
+    up_HO: Tensor
+    base_down_LRD: Tensor
+    base_up_LOK: Tensor
+
+
+class Generated(NamedTuple):
+    """All that applying the experts of one call needs."""
+
+    weights: ExpertWeights
+    factors: Factors | None
+
+    def layer(self, index: int) -> tuple[Tensor, ...]:
+        """The arguments of `apply_expert` for one layer."""
+        own = (self.weights.down[:, index], self.weights.up[:, index])
+        if self.factors is None:
+            return own
+        factors = self.factors
+        return (*own, factors.down_HD, factors.up_HO, factors.base_down_LRD[index], factors.base_up_LOK[index])
+
+
+def apply_expert(x_BTD: Tensor, weights: tuple[Tensor, ...], activation: str = "silu") -> Tensor:
+    """Eq. 5 for a batch, every sample with its own weights: `W_up act(W_down x)`, shape [B, T, O], in x's dtype.
+
+    `weights`: down [B, R, D] and up [B, O, K]; or factors [B, R, H] and [B, K, H] with the shared W2 and b, which are applied in an
+    order that never writes out a sample's matrix: `(A W2 + b) x = A (W2 x) + b x`.
+    """
+    down, up, *shared = (weight.to(x_BTD.dtype) for weight in weights)
+    if not shared:
+        hidden_BTK = _activate(torch.bmm(x_BTD, down.transpose(1, 2)), activation)
+        return torch.bmm(hidden_BTK, up.transpose(1, 2)).to(x_BTD.dtype)
+    down_HD, up_HO, base_down_RD, base_up_OK = shared
+    rows_BTR = torch.bmm(F.linear(x_BTD, down_HD), down.transpose(1, 2)) + F.linear(x_BTD, base_down_RD)
+    hidden_BTK = _activate(rows_BTR, activation)
+    return (torch.bmm(hidden_BTK, up) @ up_HO + F.linear(hidden_BTK, base_up_OK)).to(x_BTD.dtype)
+
+
+def _activate(rows_BTR: Tensor, activation: str) -> Tensor:
+    if activation == "swiglu":
+        gate_BTK, value_BTK = rows_BTR.chunk(2, dim=-1)
+        return F.silu(gate_BTK) * value_BTK
+    return F.silu(rows_BTR) if activation == "silu" else F.gelu(rows_BTR)
 
 
 def masked_mean(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
@@ -50,74 +95,155 @@ def masked_mean(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     return (x_BTD.float() * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1.0)
 
 
+def last_marked(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """The last marked position in fp32, [B, D]; a row without any gives zeros. Padding-side independent."""
+    last_B = (mask_BT.long() * torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device)).amax(1)
+    picked_BD = x_BTD[torch.arange(len(last_B), device=x_BTD.device), (last_B - 1).clamp(min=0)].float()
+    return picked_BD * (last_B > 0).unsqueeze(-1)
+
+
 class HyperNetwork(nn.Module):
     """Writes the weights of `layers` experts from one guidance vector a sample (Eqs. 3-4).
 
-    Parameters stay and compute in fp32, whatever the model's dtype or an autocast around it; the generated weights are cast where
-    they are applied. Everything is made in one call for all layers, so that a sharded module is gathered once a forward.
+    Parameters stay in fp32 and the generator computes in `config.dtype`, whatever the model's dtype or an autocast around it; the
+    generated weights are cast where they are applied. Everything is made in one call for all layers, so that a sharded module is
+    gathered once a forward. In the `static` mode there are no codes and no decoder: K(n) = b(n), the expert's static twin.
     """
 
     def __init__(self, guidance_width: int, in_width: int, out_width: int, layers: int, config: ExpertConfig) -> None:
         super().__init__()
-        self.in_width, self.out_width, self.bottleneck = in_width, out_width, config.bottleneck
-        weights = config.bottleneck * (in_width + out_width)
-        self.encoder_weight = nn.Parameter(torch.empty(layers, config.code_width, guidance_width))  # E_n
-        self.encoder_bias = nn.Parameter(torch.empty(layers, config.code_width))
-        self.decoder_weight = nn.Parameter(torch.empty(weights, config.code_width))  # W2
-        self.decoder_bias = nn.Parameter(torch.empty(weights))  # B2
-        self.base = nn.Parameter(torch.empty(layers, weights))  # b(n)
+        self.in_width, self.out_width, self.layers = in_width, out_width, layers
+        self.guidance_width, self.config = guidance_width, config
+        self.rows = config.bottleneck * (2 if config.activation == "swiglu" else 1)
+        width, code = self.rows * in_width + config.bottleneck * out_width, config.code_width
+        if config.mode != "static":
+            self.encoder_weight = nn.Parameter(torch.empty(layers, code, guidance_width))  # E_n
+            self.encoder_bias = nn.Parameter(torch.empty(layers, code))
+            if config.encoder_layers == 2:
+                self.encoder_2_weight = nn.Parameter(torch.empty(layers, code, code))
+                self.encoder_2_bias = nn.Parameter(torch.empty(layers, code))
+            if config.generator == "shared":
+                self.decoder_weight = nn.Parameter(torch.empty(width, code))  # W2
+                self.decoder_bias = nn.Parameter(torch.empty(width))  # B2
+            elif config.generator == "per_layer":
+                self.decoder_weight = nn.Parameter(torch.empty(layers, width, code))  # W2(n)
+            else:
+                rows = (self.rows + config.bottleneck) * code
+                self.decoder_weight = nn.Parameter(torch.empty(rows, code))  # W1
+                self.decoder_bias = nn.Parameter(torch.empty(rows))  # B1
+                self.factor_down = nn.Parameter(torch.empty(code, in_width))  # W2
+                self.factor_up = nn.Parameter(torch.empty(code, out_width))
+        self.base = nn.Parameter(torch.empty(layers, width))  # b(n)
         self.monitor = False  # when set, a forward keeps detached scalars for `statistics` (never weights)
         self._statistics: dict[str, Tensor] = {}
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """W2 = B2 = 0 and b_up = 0, so E(x) is exactly 0 and the model exactly the static one; b_down ~ N(0, 1/D).
+    @property
+    def factorised(self) -> bool:
+        """Whether weights are kept as factors."""
+        return self.config.generator == "factorised" and self.config.mode != "static"
 
-        Zeroing b_down too would make every gradient zero: the expert would never start.
+    def reset_parameters(self) -> None:
+        """zero_output: W2 = B2 = 0 and b_up = 0, so E(x) is exactly 0 and the model exactly the static one; b_down ~ N(0, 1/D).
+
+        Zeroing b_down too would make every gradient zero: the expert would never start. small: W2 uniform at 1e-3 of the scale that
+        would keep variances, b(n) = 0, as in the authors' summarisation code; E(x) is then not 0 but almost.
         """
-        bound = 1 / math.sqrt(self.encoder_weight.shape[-1])
-        init.uniform_(self.encoder_weight, -bound, bound)
-        init.uniform_(self.encoder_bias, -bound, bound)
-        init.zeros_(self.decoder_weight)
-        init.zeros_(self.decoder_bias)
+        small = self.config.initialisation == "small"
+        parameters = dict(self.named_parameters())
+        for name in ("encoder_weight", "encoder_bias", "encoder_2_weight", "encoder_2_bias"):
+            if name in parameters:
+                fan_in = parameters[name.replace("bias", "weight")].shape[-1]
+                init.uniform_(parameters[name], -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        for name in ("decoder_weight", "factor_down", "factor_up"):
+            if name in parameters:
+                inner = name == "decoder_weight" and self.factorised  # W1: the zero, or the tiny scale, is W2's
+                bound = _TINY * math.sqrt(3 / (self.config.code_width * self.in_width)) if small else 0.0
+                bound = 1 / math.sqrt(self.config.code_width) if inner else bound
+                init.uniform_(parameters[name], -bound, bound) if bound else init.zeros_(parameters[name])
+        if "decoder_bias" in parameters:
+            init.zeros_(self.decoder_bias)
         base_LW = torch.zeros_like(self.base.data)
-        base_LW[:, : self._down_size].normal_(std=1 / math.sqrt(self.in_width))
+        if not small:
+            base_LW[:, : self._down_size].normal_(std=1 / math.sqrt(self.in_width))
         init.copy_(self.base, base_LW)
 
     @property
     def _down_size(self) -> int:
-        return self.bottleneck * self.in_width
+        return self.rows * self.in_width
 
     def code(self, guidance_BG: Tensor) -> Tensor:
-        """z [B, L, C]: the normalised layer codes of RMS-normalised guidance."""
-        guidance_BG = F.rms_norm(guidance_BG.float(), guidance_BG.shape[-1:])
-        code_BLC = torch.einsum("bg,lcg->blc", guidance_BG, self.encoder_weight.float()) + self.encoder_bias.float()
+        """z [B, L, C]: the normalised layer codes of RMS-normalised guidance, in `config.dtype`."""
+        dtype = getattr(torch, self.config.dtype)
+        if self.config.mode == "constant":  # any constant will do: the encoder that reads it is learned
+            guidance_BG = torch.ones_like(guidance_BG)
+        guidance_BG = F.rms_norm(guidance_BG.float(), guidance_BG.shape[-1:]).to(dtype)
+        code_BLC = torch.einsum("bg,lcg->blc", guidance_BG, self.encoder_weight.to(dtype)) + self.encoder_bias.to(dtype)
+        if self.config.encoder_layers == 2:
+            code_BLC = torch.einsum("blc,lec->ble", F.relu(code_BLC), self.encoder_2_weight.to(dtype)) + self.encoder_2_bias.to(dtype)
         return F.rms_norm(code_BLC, code_BLC.shape[-1:]) / math.sqrt(code_BLC.shape[-1])
 
-    def forward(self, guidance_BG: Tensor) -> ExpertWeights:
-        """The weights of all layers for each sample's guidance, fp32."""
-        with torch.autocast(guidance_BG.device.type, enabled=False):
-            code_BLC = self.code(guidance_BG)
-            generated_BLW = F.linear(code_BLC, self.decoder_weight.float(), self.decoder_bias.float())
-            weights_BLW = generated_BLW + self.base.float()
-        down_BLW, up_BLW = weights_BLW.split([self._down_size, weights_BLW.shape[-1] - self._down_size], dim=-1)
-        weights = ExpertWeights(
-            down_BLW.unflatten(-1, (self.bottleneck, self.in_width)), up_BLW.unflatten(-1, (self.out_width, self.bottleneck))
-        )
-        if self.monitor:
-            self._watch(weights, guidance_BG)
-        return weights
+    def decode(self, code_BLC: Tensor) -> ExpertWeights:
+        """The weights that the codes stand for."""
+        dtype = code_BLC.dtype
+        if self.factorised:
+            rows_BL = F.linear(code_BLC, self.decoder_weight.to(dtype), self.decoder_bias.to(dtype))
+            down_BLRH, up_BLKH = rows_BL.unflatten(-1, (self.rows + self.config.bottleneck, -1)).split(
+                [self.rows, self.config.bottleneck], dim=-2
+            )
+            return ExpertWeights(down_BLRH, up_BLKH)
+        if self.config.generator == "shared":
+            generated_BLW = F.linear(code_BLC, self.decoder_weight.to(dtype), self.decoder_bias.to(dtype))
+        else:
+            generated_BLW = torch.einsum("blc,lwc->blw", code_BLC, self.decoder_weight.to(dtype))
+        return self._matrices(generated_BLW + self.base.to(dtype))
+
+    def _matrices(self, weights_xW: Tensor) -> ExpertWeights:
+        down_xW, up_xW = weights_xW.split([self._down_size, weights_xW.shape[-1] - self._down_size], dim=-1)
+        return ExpertWeights(down_xW.unflatten(-1, (self.rows, self.in_width)), up_xW.unflatten(-1, (self.out_width, -1)))
+
+    def forward(self, guidance_BG: Tensor | None, given: ExpertWeights | None = None) -> Generated:
+        """The weights of all layers for each sample's guidance; or, with `given` ones of an earlier call, just what is shared beside them.
+
+        Nothing that comes out is a parameter itself: an engine that shards the module may free those after this call.
+        """
+        with torch.autocast(self.base.device.type, enabled=False):
+            dtype = getattr(torch, self.config.dtype)
+            if given is None:
+                assert guidance_BG is not None
+                if self.config.mode == "static":
+                    base_LW = self.base.to(dtype, copy=True)
+                    given = self._matrices(base_LW.expand(guidance_BG.shape[0], *base_LW.shape))
+                else:
+                    given = self.decode(self.code(guidance_BG))
+            factors = None
+            if self.factorised:
+                shared = (self.factor_down.to(dtype, copy=True), self.factor_up.to(dtype, copy=True))
+                factors = Factors(*shared, *self._matrices(self.base.to(dtype, copy=True)))
+        generated = Generated(given, factors)
+        if self.monitor and guidance_BG is not None:
+            self._watch(generated, guidance_BG)
+        return generated
+
+    @staticmethod
+    def materialise(generated: Generated) -> ExpertWeights:
+        """Whole matrices down [B, L, R, D] and up [B, L, O, K], also of a factorised generator."""
+        (down_BLRH, up_BLKH), factors = generated
+        if factors is None:
+            return generated.weights
+        down_BLRD = down_BLRH @ factors.down_HD + factors.base_down_LRD
+        return ExpertWeights(down_BLRD, (up_BLKH @ factors.up_HO).transpose(-1, -2) + factors.base_up_LOK)
 
     @torch.no_grad()
-    def _watch(self, weights: ExpertWeights, guidance_BG: Tensor) -> None:
+    def _watch(self, generated: Generated, guidance_BG: Tensor) -> None:
         present_B = guidance_BG.abs().sum(-1) > 0  # dummy samples (no image) say nothing about the experts
         self._statistics = {}
-        for name, w in (("down", weights.down_BLKD), ("up", weights.up_BLOK)):
-            w = w.detach()[present_B]
+        for name, w in self.materialise(generated)._asdict().items():
+            w = w.detach().float()[present_B]
             if w.shape[0] == 0:
                 continue
             self._statistics[f"{name}_norm"] = w.flatten(2).norm(dim=-1).mean()
-            if w.shape[0] > 1:  # near zero = the generator collapsed to a static expert (spec, 8.1)
+            if w.shape[0] > 1:  # near zero = the generator collapsed to a static expert
                 spread = w.var(dim=0, unbiased=True).sum() / w.mean(dim=0).square().sum().clamp(min=1e-20)
                 self._statistics[f"{name}_between_sample_variance"] = spread
 

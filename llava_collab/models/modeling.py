@@ -10,7 +10,7 @@ What would silently be wrong then (a cache without its weights, chunked prefill,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .configuration import ExpertConfig, HyperLlavaConfig
+from .configuration import HyperLlavaConfig
 from .experts import ExpertContext, HyperLlavaProjector, check_expert_weights, install_experts, prompt_mask
 from .hypernetwork import ExpertWeights, HyperNetwork
 
@@ -52,7 +52,7 @@ class _HyperLlava:
 
     config: HyperLlavaConfig  # here, not in the classes: transformers would take the annotation, a string, for the class itself
     config_class = HyperLlavaConfig
-    _keep_in_fp32_modules_strict = ["visual_expert", "language_expert"]
+    _keep_in_fp32_modules_strict = ["visual_expert", "visual_expert_2", "language_expert"]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, HyperNetwork):
@@ -70,10 +70,11 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
         self.multi_modal_projector = HyperLlavaProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.language_expert: HyperNetwork | None = None
-        if config.language_expert is not None:
-            width, layers = config.get_text_config().hidden_size, config.expert_layers
-            self.language_expert = HyperNetwork(width, width, width, len(layers), ExpertConfig(**config.language_expert))
-            install_experts(self.language_model, layers)
+        settings = config.language
+        if settings is not None:
+            width, blocks = config.get_text_config().hidden_size, settings.blocks(config.get_text_config().num_hidden_layers)
+            self.language_expert = HyperNetwork(width, width, width, len(blocks), settings)
+            install_experts(self.language_model, blocks, settings.guidance_layer)
         self.post_init()
 
     @can_return_tuple
@@ -90,6 +91,7 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
         image_sizes: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         image_features: Tensor | None = None,
+        visual_expert_weights: tuple[tuple[Tensor, Tensor], ...] | None = None,
         guidance_mask: Tensor | None = None,
         expert_weights: tuple[Tensor, Tensor] | None = None,
         labels: Tensor | None = None,
@@ -97,7 +99,8 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
     ) -> HyperLlavaModelOutputWithPast:
         """Stock LLaVA's arguments, and:
 
-        image_features: [N, P, V] outputs of the vision tower (cached features of a frozen tower), instead of `pixel_values`.
+        image_features: [N, P, V] outputs of the vision tower (`extract_features`), instead of `pixel_values`.
+        visual_expert_weights: with `image_features`, weights for the visual experts instead of each image's own.
         guidance_mask: bool [B, T], the first turn's prompt tokens; by default all attended tokens before the first label.
         expert_weights: the prefill's, required with a non-empty cache. labels: only used to find the prompt.
         """
@@ -109,7 +112,8 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
         if image_features is not None:
             if pixel_values is not None:
                 raise ValueError("pass `pixel_values` or `image_features`, not both")
-            inputs_embeds, input_ids = self._embed_with_features(input_ids, inputs_embeds, image_features), None
+            inputs_embeds = self._embed_with_features(input_ids, inputs_embeds, image_features, visual_expert_weights)
+            input_ids = None
         elif self.training and pixel_values is None and not mm_encoder_outputs:
             inputs_embeds, input_ids = self._touch_projector(input_ids, inputs_embeds), None
         stock: dict[str, Any] = dict(
@@ -125,7 +129,7 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
             return_dict=True,
         )
         outputs: Any = super().forward(**stock, **kwargs)
-        return HyperLlavaModelOutputWithPast(**outputs, expert_weights=context.weights if context is not None else None)
+        return HyperLlavaModelOutputWithPast(**outputs, expert_weights=context.generated.weights if context and context.generated else None)
 
     def _expert_context(
         self,
@@ -152,10 +156,22 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
         mask_BT = prompt_mask(guidance_mask, attention_mask, labels, tokens.shape[:2], tokens.device)
         return ExpertContext(self.language_expert, mask_BT, None)
 
-    def _embed_with_features(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_features: Tensor) -> Tensor:
+    def get_image_features(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Stock LLaVA's; the class token stays in front where it is the visual expert's guidance (the projector takes it off)."""
+        if self.config.visual is not None and self.config.visual.guidance == "cls":
+            kwargs["vision_feature_select_strategy"] = "full"
+        return super().get_image_features(pixel_values, *args, **kwargs)
+
+    def _embed_with_features(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        image_features: Tensor,
+        weights: tuple[tuple[Tensor, Tensor], ...] | None,
+    ) -> Tensor:
         embeds_BTD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         parameter = self.multi_modal_projector.linear_1.weight
-        image_NPD = self.multi_modal_projector(image_features.to(parameter.device, parameter.dtype)).to(embeds_BTD.dtype)
+        image_NPD = self.multi_modal_projector(image_features.to(parameter.device, parameter.dtype), weights).to(embeds_BTD.dtype)
         mask = self.get_placeholder_mask(input_ids, inputs_embeds=embeds_BTD, image_features=image_NPD)  # pyright: ignore
         return embeds_BTD.masked_scatter(mask, image_NPD)
 
@@ -163,7 +179,7 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
         """Run the projector on a zero image and add 0 times the result: a text-only rank must run the modules the others run."""
         embeds_BTD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         linear = self.multi_modal_projector.linear_1
-        dummy_NPV = torch.zeros(1, 1, linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
+        dummy_NPV = torch.zeros(1, 2, linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
         return embeds_BTD + 0.0 * self.multi_modal_projector(dummy_NPV).sum().to(embeds_BTD.dtype)
 
 
@@ -192,6 +208,7 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
         image_sizes: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         image_features: Tensor | None = None,
+        visual_expert_weights: tuple[tuple[Tensor, Tensor], ...] | None = None,
         guidance_mask: Tensor | None = None,
         expert_weights: tuple[Tensor, Tensor] | None = None,
         num_items_in_batch: int | Tensor | None = None,
@@ -215,6 +232,7 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             image_features=image_features,
+            visual_expert_weights=visual_expert_weights,
             guidance_mask=guidance_mask,
             expert_weights=expert_weights,
             labels=labels,
@@ -254,6 +272,13 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
                 kwargs["guidance_mask"] = mask.bool()  # now, because a static cache turns the attention mask into a 4-D one
         return super().generate(inputs, generation_config, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
+    def merge(self) -> NoReturn:
+        """Always raises NotImplementedError: generated experts can't be folded into the static weights, as LoRA's can."""
+        raise NotImplementedError(
+            "there is no merge: the experts' weights are written anew for each sample, and an activation stands between their two "
+            "matrices, so no static weights equal them. To look at what one sample gets: `llava-collab export`"
+        )
+
     @staticmethod
     def _refuse_unsound_decoding(config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
         def asked(name: str) -> Any:
@@ -276,7 +301,8 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
             model_kwargs["expert_weights"] = tuple(outputs.expert_weights)
             model_kwargs.pop("guidance_mask", None)  # frozen with the weights; the prompt's shape is not the next call's
         if model_kwargs.get("use_cache", True):
-            model_kwargs.pop("image_features", None)
+            for name in ("image_features", "visual_expert_weights"):
+                model_kwargs.pop(name, None)
         return model_kwargs
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids: Tensor | None = None, **kwargs: Any) -> tuple[Any, dict]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llava_collab.training.recipe import OptimRecipe, TuneRecipe
 
 PREFIXES = (
-    ("visual_expert", "model.multi_modal_projector.visual_expert."),
+    ("visual_expert", "model.multi_modal_projector.visual_expert"),
     ("projector", "model.multi_modal_projector."),
     ("language_expert", "model.language_expert."),
     ("vision_tower", "model.vision_tower."),
