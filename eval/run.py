@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from llava_collab.assets import cache_root
-from llava_collab.data.features import FeatureCache
 from llava_collab.evaluation import report
 from llava_collab.evaluation.baselines import Majority
 from llava_collab.evaluation.controls import blind, permute_images
@@ -128,16 +126,13 @@ def _model(args: Args, name: str, train: list[Sample], samples: list[Sample]) ->
 
     import torch
 
-    from llava_collab.models.build import extract_features, load, tower_key
+    from llava_collab.models.build import cache_features, load
 
     network: Any
     network, processor = load(str(folder), dtype=None if args.dtype == "stored" else getattr(torch, args.dtype))
     network.to(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if args.feature_cache:
-        processor.feature_cache = FeatureCache(cache_root() / "features", tower_key(network, processor))
-        paths = [image for sample in samples for image in sample.images]
-        with torch.inference_mode():
-            processor.feature_cache.fill(paths, lambda images: extract_features(network, processor.pixel_values(images)), args.batch_size)
+        cache_features(network, processor, [image for sample in samples for image in sample.images], args.batch_size)
     identity["prompt_template_sha256"] = hashlib.sha256(str(processor.chat_template).encode()).hexdigest()
     return Single(network, processor, name), identity
 

@@ -211,6 +211,8 @@ class Ablate:
     """at most so many items of each category"""
     categories: tuple[str, ...] = ()
     """only these categories (default: all)"""
+    feature_cache: bool = False
+    """keep vision tower outputs in the local cache (the one that training uses): every condition reads them again"""
     batch_size: int = 16
     """questions answered at once"""
     device: str = "cpu"
@@ -220,7 +222,7 @@ class Ablate:
         from .evaluation.ablate import ablate
         from .evaluation.evaluator import choose
         from .evaluation.suite import load_suite
-        from .models.build import load
+        from .models.build import cache_features, load
         from .types import Single
 
         suite = load_suite(self.suite)
@@ -228,6 +230,8 @@ class Ablate:
         network, processor = load(self.model)
         model = Single(network.to(self.device), processor, str(self.model))  # pyright: ignore[reportArgumentType]
         chosen = choose(samples, self.items_per_category, seed=0)
+        if self.feature_cache:
+            cache_features(network, processor, [image for sample in chosen for image in sample.images], self.batch_size)
         print(ablate(self.model, model, suite, chosen, suite.read("train", self.data_root), self.out, self.batch_size))
         return 0
 

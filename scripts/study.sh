@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Does the trained model see? Three seeds of HyperLLaVA and its blind twin (images removed): same data, order and steps. Visual QA and Spatial Inference are measured on CMT-open's decision split, also with images permuted within the same question.
-# To fit two cores, stage 1 learns from captions and inventories and stage 2 from these two categories, not from all seven.
+# Does the trained model see? Three seeds of HyperLLaVA and its blind twin (images removed): same data, order and steps. Visual QA and
+# Spatial Inference are measured on CMT-open's decision split, also with images permuted within the same question. To fit two cores,
+# stage 1 learns from captions and inventories and stage 2 from these two categories, not from all seven.
 #   bash scripts/study.sh                 about 100 minutes on two cores; one command on a GPU machine too. Killed, it goes on from where it was.
 # Variables: SEEDS ("0 1 2"), TWINS ("hyper blind"; also static), ALIGN (500) and STEPS (1000), TRAIN (24000 items of all categories),
 # ITEMS (1000 a category), JOBS (2 trainings at once), OUT (runs/study), DATA (data/cmt-open).

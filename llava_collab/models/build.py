@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from ..assets import cache_root
 from ..data.conversation import IMAGE_MARK, TEMPLATES
+from ..data.features import FeatureCache
 from .bases import is_base, prepare
 from .chat_templates import taking_strings
 from .configuration import HyperLlavaConfig
@@ -316,6 +319,14 @@ def extract_features(model: HyperLlavaForConditionalGeneration, pixel_values_N3H
 def _strategy(model: HyperLlavaForConditionalGeneration) -> str:
     visual = model.config.visual
     return "full" if visual is not None and visual.guidance == "cls" else model.config.vision_feature_select_strategy
+
+
+def cache_features(
+    model: HyperLlavaForConditionalGeneration, processor: HyperLlavaProcessor, images: Iterable[str | Path], batch_size: int
+) -> None:
+    """Have the processor give stored features of these pictures, which the tower computes once (in the cache that training uses)."""
+    processor.feature_cache = FeatureCache(cache_root() / "features", tower_key(model, processor))
+    processor.feature_cache.fill(images, lambda opened: extract_features(model, processor.pixel_values(opened)), batch_size)
 
 
 def tower_key(model: HyperLlavaForConditionalGeneration, processor: HyperLlavaProcessor) -> str:
