@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, subcommand
@@ -274,6 +275,28 @@ class Convert:
         return 0
 
 
+@dataclass
+class Estimate:
+    """What a recipe will cost, counted on the real modules without weights or downloads: parameters, memory, FLOPs.
+
+    After the recipe, any key of it can be given as on train.py's command line: --tune.llm frozen
+    """
+
+    recipe: Positional[Path]
+    """a recipe of train/recipes"""
+    tokens: int | None = None
+    """length of a sample, image tokens included (default: the recipe's data.max_length)"""
+
+    def run(self, overrides: list[str]) -> int:
+        from .training.estimate import estimate
+        from .training.recipe_file import parse_command
+        from .training.tables import earlier_stages
+
+        recipe = parse_command([str(self.recipe), *overrides], __doc__ or "")
+        print(estimate(recipe, earlier_stages(self.recipe.parent), self.tokens).text())
+        return 0
+
+
 Data = Annotated[DataCheck, subcommand("check")] | Annotated[DataBuild, subcommand("build")]
 
 
@@ -297,6 +320,7 @@ Verb = (
     | Annotated[Ablate, subcommand("ablate")]
     | Annotated[Inspect, subcommand("inspect")]
     | Annotated[Convert, subcommand("convert")]
+    | Annotated[Estimate, subcommand("estimate")]
 )
 
 
@@ -304,9 +328,12 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the `llava-collab` command; exits with the verb's status."""
     from .assets import AssetError
 
-    verb = tyro.cli(Verb, prog="llava-collab", description=__doc__, args=argv)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    say: Any = partial(tyro.cli, Verb, prog="llava-collab", description=__doc__, args=argv)
+    verb, rest = say(return_unknown_args=True)
+    if rest and not isinstance(verb, Estimate):  # only there they are keys of a recipe
+        say()
     try:
-        raise SystemExit(verb.run())
+        raise SystemExit(verb.run(rest) if isinstance(verb, Estimate) else verb.run())
     except (AssetError, ValueError, OSError) as error:  # what the user can mend is said in one line; anything else is a bug with a trace
         print(f"llava-collab: {error}", file=sys.stderr)
         raise SystemExit(2) from None

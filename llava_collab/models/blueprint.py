@@ -132,7 +132,8 @@ def _initialised(spec: ModelSpec, folder: str, earlier: Mapping[str, ModelSpec])
             "or name the bases (language_model, vision_tower) and set init_from to null"
         )
     experts = {"visual_expert": spec.visual_expert, "language_expert": spec.language_expert}
-    return HyperLlavaConfig(**known | {name: value for name, value in experts.items() if value is not None})
+    known |= {name: value for name, value in experts.items() if value is not None}
+    return HyperLlavaConfig(**known)
 
 
 def _language(name: str) -> PreTrainedConfig:

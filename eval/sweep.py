@@ -1,0 +1,277 @@
+"""Run one of the paper's tables (train/tables.yaml): train every row, evaluate it on CMT-open, print our rows beside the paper's.
+
+    python eval/sweep.py main --base train/recipes/smol-instruct.yaml --seeds 0 1 2
+    python eval/sweep.py peft --dry-run            the commands, one a line, and which of them are done
+
+Killed? Run the same command again: what is finished is kept, what was cut off goes on, the rest follows. Rows that several tables share
+are trained once. A job that fails is named, its log too; the others go on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from llava_collab.evaluation import report
+from llava_collab.evaluation.records import RUN, RecordError, read_run
+from llava_collab.evaluation.statistics import MACRO
+from llava_collab.files import write_text
+from llava_collab.training.recipe import RecipeError
+from llava_collab.training.recipe_file import differences, load_recipe
+from llava_collab.training.tables import PaperTable, TableRow, Training, load_tables, trainings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train and evaluate the rows of one table, resumably, one after the other."""
+
+    table: tyro.conf.Positional[str]
+    """main, projector, blocks, structure, peft, code-width or bottleneck."""
+
+    base: Path = Path("train/recipes/smol-instruct.yaml")
+    """Recipe that the rows are changes of. Its stage 1 is the recipe beside it that writes its model.init_from."""
+
+    rows: tuple[str, ...] = ()
+    """Only these rows (default: all that can be run); the baseline is always among them."""
+
+    seeds: tuple[int, ...] = (0,)
+    """One training (of both stages) a row and seed."""
+
+    out: Path | None = None
+    """Folder of the runs (default: runs/sweeps/NAME OF THE BASE, so that tables share rows)."""
+
+    tables: Path = ROOT / "train" / "tables.yaml"
+    """File of the tables."""
+
+    suite: Path = ROOT / "eval" / "suites" / "cmt-open.yaml"
+    """What the models are measured on."""
+
+    split: str = "test"
+    """Split of the suite."""
+
+    items_per_category: int | None = None
+    """At most so many items of each category (default: all)."""
+
+    data_root: Path | None = None
+    """Folder of the suite's data, in place of its own."""
+
+    dry_run: bool = False
+    """Print the commands and stop."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One program of the queue. `needs`: the job it starts from."""
+
+    name: str
+    command: tuple[str, ...]
+    finished: Callable[[], bool]
+    needs: str | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A table on a base: its rows, its folder, its jobs in order."""
+
+    table: PaperTable
+    rows: tuple[TableRow, ...]
+    out: Path
+    jobs: dict[str, Job]
+
+    def evaluation(self, row: TableRow, seed: int) -> Path:
+        """Where a row's records are."""
+        return self.out / row.name / f"seed-{seed}" / "eval"
+
+
+def plan(args: Args) -> Sweep:
+    """The queue of a table. Raises RecipeError or RecordError for unknown names, rows that can't be run, folders of other runs."""
+    tables = load_tables(args.tables)
+    if args.table not in tables:
+        raise RecipeError(f"no table {args.table!r} in {args.tables}; there are {', '.join(tables)}")
+    table = tables[args.table]
+    names = [row.name for row in table.rows if row.overrides is not None]
+    if args.rows:
+        asked = {table.row(name).name for name in args.rows} | {table.baseline}
+        names = [row.name for row in table.rows if row.name in asked]
+    sweep = Sweep(table, tuple(map(table.row, names)), args.out or Path("runs/sweeps") / args.base.stem, {})
+    for seed in args.seeds:
+        for row in sweep.rows:
+            _add(sweep, args, row, seed)
+    for job in sweep.jobs.values():
+        job.finished()  # raises where a folder holds something else: before hours of work, not after
+    return sweep
+
+
+def _add(sweep: Sweep, args: Args, row: TableRow, seed: int) -> None:
+    needs = None
+    for training in trainings(row, args.base, sweep.out, seed):
+        name = str(training.folder.relative_to(sweep.out))
+        command = (sys.executable, str(ROOT / "train" / "train.py"), *training.command)
+        _same_recipe(training)
+        sweep.jobs.setdefault(name, Job(name, command, (training.folder / "finished.json").is_file, needs))
+        needs = name
+    folder = sweep.evaluation(row, seed)
+    wanted = {"model": str(folder.parent / "model"), "name": row.name, "suite": str(args.suite), "split": args.split, "out": str(folder)}
+    optional = {"items_per_category": args.items_per_category, "data_root": args.data_root}
+    wanted |= {key: str(value) for key, value in optional.items() if value is not None}
+    command = [sys.executable, str(ROOT / "eval" / "run.py")]
+    command += [word for key, value in wanted.items() for word in (f"--{key.replace('_', '-')}", value)]
+    if load_recipe(args.base).data.feature_cache:
+        command.append("--feature-cache")
+    wanted |= {key: "None" for key, value in optional.items() if value is None}
+    name = str(folder.relative_to(sweep.out))
+    sweep.jobs[name] = Job(name, tuple(command), lambda: _answered(folder, wanted), needs)
+
+
+def _same_recipe(training: Training) -> None:
+    """Raises RecipeError where train.py would, when its turn comes."""
+    saved = training.folder / "recipe.yaml"
+    changed = differences(load_recipe(saved), training.recipe) if saved.is_file() else []
+    if changed:
+        lines = "\n  ".join(changed)
+        raise RecipeError(f"{training.folder} holds a run of another recipe:\n  {lines}\nGive another --out, or delete that folder.")
+
+
+def _answered(folder: Path, wanted: dict[str, str]) -> bool:
+    """Whether an evaluation is complete. Raises RecordError for one with other settings."""
+    if not (folder / RUN).is_file():
+        return False
+    asked = read_run(folder)["environment"]["arguments"]
+    changed = [f"{key}: {asked.get(key)} there, {value} now" for key, value in wanted.items() if asked.get(key) != value]
+    if changed:
+        raise RecordError(f"{folder} was evaluated with other settings ({'; '.join(changed)}); delete it, or give another --out")
+    run = report.read_runs([folder])[0]
+    return len(run.rows) == run.asked
+
+
+def work(sweep: Sweep) -> list[str]:
+    """Run what is not finished, in order; returns the names of the jobs that failed or could not start because of one that did."""
+    failed: list[str] = []
+    with _alone(sweep.out) as lock:
+        for number, job in enumerate(sweep.jobs.values(), start=1):
+            place = f"[{number}/{len(sweep.jobs)}] {job.name}"
+            if job.finished():
+                print(f"{place}: finished before")
+            elif job.needs in failed:
+                print(f"{place}: left out, because {job.needs} failed")
+                failed.append(job.name)
+            else:
+                log = sweep.out / "logs" / f"{job.name.replace('/', '.')}.log"
+                print(f"{place}: running, see {log}", flush=True)
+                code = _run(job.command, log, lock)
+                if code or not job.finished():
+                    tail = "\n    ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
+                    print(f"{place}: failed (exit code {code})\n    {tail}", file=sys.stderr)
+                    failed.append(job.name)
+    return failed
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[int]:
+    """One sweep at a time in a folder. Programs that it starts inherit the lock, so one that outlives a killed sweep is not run twice."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(f"a sweep, or a program that one left behind, is running in {out}: wait for it or stop it") from None
+        yield handle.fileno()
+
+
+def _run(command: Sequence[str], log: Path, lock: int) -> int:
+    """The exit code of a program whose output goes to `log`. It is stopped (training saves first) when the sweep is."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as stream:
+        stream.write(f"$ {shlex.join(command)}\n")
+        stream.flush()
+        with subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, pass_fds=(lock,)) as child:
+            try:
+                return child.wait()
+            except BaseException:
+                child.terminate()
+                raise
+
+
+def pooled(label: str, runs: Sequence[report.Run]) -> report.Run:
+    """Several seeds as one run: each sample's score is the mean over the seeds; one that failed in any is an error."""
+    by_id = [{row["sample_id"]: row for row in run.rows} for run in runs]
+    rows = []
+    for sample_id in by_id[0]:
+        seeds = [rows_of[sample_id] for rows_of in by_id if sample_id in rows_of]
+        bad = next((row for row in seeds if row["status"] != "ok"), None)
+        if len(seeds) == len(runs):
+            rows.append(bad or seeds[0] | {"score": float(np.mean([row["score"] for row in seeds]))})
+    return report.Run(label, runs[0].identity, rows)
+
+
+def tables_of(sweep: Sweep, seeds: Sequence[int]) -> tuple[str, list[report.Table]]:
+    """Markdown of our rows beside the paper's, and our tables for CSV. Rows without a finished evaluation are dashes."""
+    runs: dict[str, list[report.Run]] = {}
+    for row in sweep.rows:
+        done = [seed for seed in seeds if sweep.jobs[str(sweep.evaluation(row, seed).relative_to(sweep.out))].finished()]
+        runs[row.name] = report.read_runs([sweep.evaluation(row, seed) for seed in done])
+    pools = {name: pooled(name, seeded) for name, seeded in runs.items() if seeded}
+    first = pools.get(sweep.table.baseline)
+    lines = []
+    for row in sweep.table.rows:
+        cells = _ours(runs.get(row.name, []), pools.get(row.name), first)
+        numbers = row.numbers or ("–",) * len(sweep.table.columns)
+        lines.append([row.name, *cells, row.paper, *map(str, numbers)])
+    header = ["row", "CMT-open", "seeds: range", f"difference from {sweep.table.baseline}", "in the paper", *sweep.table.columns]
+    title = f"{sweep.table.title}. Ours (macro-average, 95 % interval over items); the paper's: other data and bases, not comparable"
+    ours = [report.score_table(list(pools.values()))] if pools else []
+    if first is not None and len(pools) > 1:
+        ours.append(report.difference_table(first, [pool for name, pool in pools.items() if name != first.label]))
+    parts = [report.Table(title, header, lines, []).markdown(), *(table.markdown() for table in ours), f"Of the table: {sweep.table.note}"]
+    notes = [f"- {row.name}: {row.note}" for row in sweep.table.rows if row.note]
+    return "\n\n".join([*parts, "\n".join(notes)]).rstrip() + "\n", ours
+
+
+def _ours(seeded: Sequence[report.Run], pool: report.Run | None, first: report.Run | None) -> list[str]:
+    """Score, spread over seeds, paired difference from the baseline."""
+    if pool is None or not pool.ok:
+        return ["–", "–", "–"]
+    score = pool.intervals()[MACRO]
+    means = [run.intervals()[MACRO].mean for run in seeded if run.ok]
+    spread = f"{len(means)}: {min(means):.1f} to {max(means):.1f}"
+    if first is None or pool is first:
+        return [f"{score.mean:.1f} ± {score.half_width:.1f}", spread, "–"]
+    gap = report.paired(first, pool)[MACRO]
+    return [f"{score.mean:.1f} ± {score.half_width:.1f}", spread, f"{gap.mean:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]"]
+
+
+def main(args: Args) -> int:
+    """Plan, run, print and write the table; 1 if a job failed."""
+    sweep = plan(args)
+    if args.dry_run:
+        for job in sweep.jobs.values():
+            print(shlex.join(job.command) + ("  # finished" if job.finished() else ""))
+        return 0
+    failed = work(sweep)
+    text, ours = tables_of(sweep, args.seeds)
+    print(f"\n{text}")
+    write_text(sweep.out / "tables" / f"{sweep.table.name}.md", text)
+    write_text(sweep.out / "tables" / f"{sweep.table.name}.csv", report.csv_text(ours))
+    if failed:
+        print(f"{len(failed)} of {len(sweep.jobs)} jobs did not finish; the same command tries again: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        sys.exit(main(tyro.cli(Args, description=__doc__)))
+    except (RecipeError, RecordError) as error:
+        sys.exit(f"error: {error}")
