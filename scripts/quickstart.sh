@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 case "${1:-}" in
-  "") run=runs/quickstart data=data/quickstart train=6000 items=50 align=220 steps=165 minutes=30 ;;
+  "") run=runs/quickstart data=data/quickstart train=6000 items=50 align=240 steps=180 minutes=30 ;;
   --smoke) run=runs/smoke data=data/smoke train=70 items=5 align=3 steps=3 minutes=10 ;;
   *) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac
