@@ -9,13 +9,12 @@ are trained once. A job that fails is named, its log too; the others go on.
 
 from __future__ import annotations
 
-import fcntl
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +24,10 @@ import tyro
 from llava_collab.evaluation import report
 from llava_collab.evaluation.records import RUN, RecordError, read_run
 from llava_collab.evaluation.statistics import MACRO
-from llava_collab.files import write_text
+from llava_collab.files import locked, write_text
 from llava_collab.training.recipe import RecipeError
-from llava_collab.training.recipe_file import differences, load_recipe
-from llava_collab.training.tables import PaperTable, TableRow, Training, load_tables, trainings
+from llava_collab.training.recipe_file import load_recipe, refuse_other_recipe
+from llava_collab.training.tables import PaperTable, TableRow, load_tables, trainings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -119,7 +118,7 @@ def _add(sweep: Sweep, args: Args, row: TableRow, seed: int) -> None:
     for training in trainings(row, args.base, sweep.out, seed):
         name = str(training.folder.relative_to(sweep.out))
         command = (sys.executable, str(ROOT / "train" / "train.py"), *training.command)
-        _same_recipe(training)
+        refuse_other_recipe(training.folder, training.recipe)  # now, not when its turn comes
         sweep.jobs.setdefault(name, Job(name, command, (training.folder / "finished.json").is_file, needs))
         needs = name
     folder = sweep.evaluation(row, seed)
@@ -133,15 +132,6 @@ def _add(sweep: Sweep, args: Args, row: TableRow, seed: int) -> None:
     wanted |= {key: "None" for key, value in optional.items() if value is None}
     name = str(folder.relative_to(sweep.out))
     sweep.jobs[name] = Job(name, tuple(command), lambda: _answered(folder, wanted), needs)
-
-
-def _same_recipe(training: Training) -> None:
-    """Raises RecipeError where train.py would, when its turn comes."""
-    saved = training.folder / "recipe.yaml"
-    changed = differences(load_recipe(saved), training.recipe) if saved.is_file() else []
-    if changed:
-        lines = "\n  ".join(changed)
-        raise RecipeError(f"{training.folder} holds a run of another recipe:\n  {lines}\nGive another --out, or delete that folder.")
 
 
 def _answered(folder: Path, wanted: dict[str, str]) -> bool:
@@ -181,13 +171,12 @@ def work(sweep: Sweep) -> list[str]:
 @contextmanager
 def _alone(out: Path) -> Iterator[int]:
     """One sweep at a time in a folder. Programs that it starts inherit the lock, so one that outlives a killed sweep is not run twice."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as handle:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = stack.enter_context(locked(out / ".lock"))
         except BlockingIOError:
             raise RecipeError(f"a sweep, or a program that one left behind, is running in {out}: wait for it or stop it") from None
-        yield handle.fileno()
+        yield lock
 
 
 def _run(command: Sequence[str], log: Path, lock: int) -> int:

@@ -19,7 +19,7 @@ from .build import ModelSpec
 from .configuration import HyperLlavaConfig
 from .efficientnet_lite import EfficientNetLiteConfig
 from .modeling import HyperLlavaForConditionalGeneration
-from .tiny import tiny_tokenizer
+from .tiny import tiny_decoder
 from .towers import IMAGENET_MEAN, IMAGENET_STD, FusedVisionConfig
 
 
@@ -42,20 +42,8 @@ def _vicuna(width: int, inner: int, layers: int) -> LlamaConfig:
     )
 
 
-def _tiny() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(tiny_tokenizer()),
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-
-
 _LANGUAGE: dict[str, Callable[[], PreTrainedConfig]] = {
-    "tiny": _tiny,
+    "tiny": tiny_decoder,
     "lmsys/vicuna-7b-v1.5": lambda: _vicuna(4096, 11008, 32),
     "lmsys/vicuna-13b-v1.5": lambda: _vicuna(5120, 13824, 40),
 }
@@ -151,7 +139,8 @@ def _vision(name: str) -> tuple[PreTrainedConfig, int, str]:
     config = getattr(config, "vision_config", config)
     if config.model_type == "efficientnet_lite":
         return config, -1, "full"
-    return config, -4 if name == "dinov2-s" else -2, "default"
+    strategy = "full" if config.model_type.startswith("siglip") else "default"  # no class token in front
+    return config, -4 if name == "dinov2-s" else -2, strategy
 
 
 def _fused() -> FusedVisionConfig:

@@ -23,7 +23,6 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     GenerationConfig,
-    LlamaConfig,
     PreTrainedConfig,
 )
 
@@ -36,7 +35,7 @@ from .configuration import HyperLlavaConfig
 from .library_towers import PREFIXES, pretrained_tower
 from .modeling import HyperLlavaForConditionalGeneration
 from .processor import HyperLlavaProcessor
-from .tiny import tiny_tokenizer
+from .tiny import tiny_decoder, tiny_tokenizer
 from .towers import IMAGENET_MEAN, IMAGENET_STD, FusedVisionConfig, FusedVisionModel
 
 
@@ -194,21 +193,7 @@ def _fp32_experts(model: HyperLlavaForConditionalGeneration) -> None:
 
 def _language_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     if name == "tiny":
-        tokenizer: Any = tiny_tokenizer()
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=160,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        return AutoModelForCausalLM.from_config(config).to(dtype), tokenizer
+        return AutoModelForCausalLM.from_config(tiny_decoder()).to(dtype), tiny_tokenizer()
     source = _source(name)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)

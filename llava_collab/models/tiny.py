@@ -5,8 +5,10 @@ It serves tests and golden curves only; nothing is downloaded and nothing is sto
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from ..data.conversation import IMAGE_MARK
 
@@ -37,4 +39,22 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         extra_special_tokens={"image_token": IMAGE_MARK},
         model_max_length=2048,
+    )
+
+
+def tiny_decoder() -> LlamaConfig:
+    """The `tiny` language model: four blocks of 64 channels over the tokenizer above."""
+    tokenizer: Any = tiny_tokenizer()
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-from llava_collab.files import publish, read_json, write_json
+from llava_collab.files import locked, publish, read_json, write_json
 from llava_collab.models.build import build, load
 from llava_collab.training.checkpoint import verify
 from llava_collab.training.components import EXPERTS, Named, cast_frozen, choose_trainable, component_of
 from llava_collab.training.lora import add_adapters, merge_adapters, quantise, require_4bit
 from llava_collab.training.recipe import Recipe, RecipeError
-from llava_collab.training.recipe_file import differences, load_recipe, save_recipe
+from llava_collab.training.recipe_file import refuse_other_recipe, save_recipe
 
 TRAINABLE = "trainable.safetensors"
 
@@ -54,10 +53,9 @@ def exclusive(run: Path) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as handle:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(run / ".lock"))
         except BlockingIOError:
             raise RecipeError(f"another process is training in {run}: wait for it, stop it, or give another run.out.") from None
         yield
@@ -67,11 +65,7 @@ def open_run(recipe: Recipe, accelerator: Accelerator) -> bool:
     """Make or check the run folder; False if the run is finished. Raises RecipeError if it belongs to another recipe."""
     run = Path(recipe.run.out)
     saved = run / "recipe.yaml"
-    if saved.exists():
-        changed = differences(load_recipe(saved), recipe)
-        if changed:
-            lines = "\n  ".join(changed)
-            raise RecipeError(f"{run} holds a run of another recipe:\n  {lines}\nGive another run.out or the old values.")
+    refuse_other_recipe(run, recipe)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         save_recipe(recipe, saved)

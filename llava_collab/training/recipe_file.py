@@ -160,3 +160,11 @@ def _dict_flags() -> tyro.constructors.ConstructorRegistry:
         )
 
     return registry
+
+
+def refuse_other_recipe(run: Path, recipe: Recipe) -> None:
+    """Raise RecipeError, naming what differs, where the folder `run` holds a run of another recipe."""
+    saved = run / "recipe.yaml"
+    if saved.is_file() and (changed := differences(load_recipe(saved), recipe)):
+        lines = "\n  ".join(changed)
+        raise RecipeError(f"{run} holds a run of another recipe:\n  {lines}\nGive another folder (run.out) or the old values.")
