@@ -13,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Args:
-    """Train and evaluate the rows of one table, resumably, one after the other."""
+    """Train and evaluate the rows of one table, resumably."""
 
     table: tyro.conf.Positional[str]
     """main, projector, blocks, structure, peft, code-width or bottleneck."""
@@ -65,6 +66,9 @@ class Args:
 
     data_root: Path | None = None
     """Folder of the suite's data, in place of its own."""
+
+    lanes: int = 1
+    """Programs at once. Share the cores among them: OMP_NUM_THREADS=1 for two lanes on two cores."""
 
     dry_run: bool = False
     """Print the commands and stop."""
@@ -146,25 +150,43 @@ def _answered(folder: Path, wanted: dict[str, str]) -> bool:
     return len(run.rows) == run.asked
 
 
-def work(sweep: Sweep) -> list[str]:
-    """Run what is not finished, in order; returns the names of the jobs that failed or could not start because of one that did."""
+def work(sweep: Sweep, lanes: int = 1) -> list[str]:
+    """Run what is not finished, in order, at most `lanes` at once; returns the jobs that failed or whose starting point did."""
     failed: list[str] = []
+    waiting = dict(enumerate(sweep.jobs.values(), start=1))
+    running: dict[int, subprocess.Popen[bytes]] = {}
     with _alone(sweep.out) as lock:
-        for number, job in enumerate(sweep.jobs.values(), start=1):
-            place = f"[{number}/{len(sweep.jobs)}] {job.name}"
-            if job.finished():
-                print(f"{place}: finished before")
-            elif job.needs in failed:
-                print(f"{place}: left out, because {job.needs} failed")
-                failed.append(job.name)
-            else:
-                log = sweep.out / "logs" / f"{job.name.replace('/', '.')}.log"
-                print(f"{place}: running, see {log}", flush=True)
-                code = _run(job.command, log, lock)
-                if code or not job.finished():
-                    tail = "\n    ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
-                    print(f"{place}: failed (exit code {code})\n    {tail}", file=sys.stderr)
-                    failed.append(job.name)
+        try:
+            while waiting:
+                for number, job in list(waiting.items()):
+                    place = f"[{number}/{len(sweep.jobs)}] {job.name}"
+                    log = sweep.out / "logs" / f"{job.name.replace('/', '.')}.log"
+                    if number in running:
+                        if (code := running[number].poll()) is None:
+                            continue
+                        del running[number]
+                        if code or not job.finished():
+                            tail = "\n    ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
+                            print(f"{place}: failed (exit code {code})\n    {tail}", file=sys.stderr)
+                            failed.append(job.name)
+                    elif len(running) == lanes or any(other.name == job.needs for other in waiting.values()):
+                        continue
+                    elif job.finished():
+                        print(f"{place}: finished before", flush=True)
+                    elif job.needs in failed:
+                        print(f"{place}: left out, because {job.needs} failed", flush=True)
+                        failed.append(job.name)
+                    else:
+                        print(f"{place}: running, see {log}", flush=True)
+                        running[number] = _start(job.command, log, lock)
+                        continue
+                    del waiting[number]
+                time.sleep(0.2 if running else 0)
+        finally:
+            for child in running.values():  # only where the sweep itself is stopped: training saves first
+                child.terminate()
+            for child in running.values():
+                child.wait()
     return failed
 
 
@@ -179,18 +201,13 @@ def _alone(out: Path) -> Iterator[int]:
         yield lock
 
 
-def _run(command: Sequence[str], log: Path, lock: int) -> int:
-    """The exit code of a program whose output goes to `log`. It is stopped (training saves first) when the sweep is."""
+def _start(command: Sequence[str], log: Path, lock: int) -> subprocess.Popen[bytes]:
+    """Start a program whose output goes to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as stream:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
-        with subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, pass_fds=(lock,)) as child:
-            try:
-                return child.wait()
-            except BaseException:
-                child.terminate()
-                raise
+        return subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, pass_fds=(lock,))
 
 
 def pooled(label: str, runs: Sequence[report.Run]) -> report.Run:
@@ -248,7 +265,7 @@ def main(args: Args) -> int:
         for job in sweep.jobs.values():
             print(shlex.join(job.command) + ("  # finished" if job.finished() else ""))
         return 0
-    failed = work(sweep)
+    failed = work(sweep, args.lanes)
     text, ours = tables_of(sweep, args.seeds)
     print(f"\n{text}")
     write_text(sweep.out / "tables" / f"{sweep.table.name}.md", text)

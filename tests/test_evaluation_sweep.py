@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,11 +103,13 @@ def test_a_wrong_table_is_told(place: dict[str, Any], old: str, new: str, told: 
 
 
 def test_a_row_is_a_command_line(place: dict[str, Any]) -> None:
-    row = TableRow("x", "x", None, {"model.visual_expert": {"layers": "both"}, "tune.projector": False}, {"other": {"optim.lr": 1.0}}, "")
-    flags = ["--model.visual-expert", '{"layers": "both"}', "--tune.no-projector"]
+    row = TableRow(
+        "x", "x", None, {"model.visual_expert": {"layers": "both"}, "tune.visual_expert": False}, {"other": {"optim.lr": 1.0}}, ""
+    )
+    flags = ["--model.visual-expert", '{"layers": "both"}', "--tune.no-visual-expert"]
     assert row.flags(place["base"]) == flags and row.flags(Path("other.yaml")) == [*flags, "--optim.lr", "1.0"]
     last = trainings(row, place["base"], place["out"])[-1].recipe
-    assert last.model.visual_expert == {"layers": "both"} and not last.tune.projector
+    assert last.model.visual_expert == {"layers": "both"} and not last.tune.visual_expert
 
 
 def test_stage_1_is_shared_by_rows_that_agree_on_it() -> None:
@@ -167,7 +169,7 @@ class Programs:
 @pytest.fixture
 def programs(program: ModuleType, place: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Programs:
     stand_in = Programs(place["out"])
-    monkeypatch.setattr(program, "_run", stand_in)
+    monkeypatch.setattr(program, "_start", lambda *job: SimpleNamespace(poll=lambda code=stand_in(*job): code))
     return stand_in
 
 
@@ -188,6 +190,33 @@ def test_a_table_runs_once_and_prints_both_sides(
     assert program.main(args) == 0 and programs.ran == []
     assert program.main(program.Args(**place, seeds=(0, 1), dry_run=True)) == 0
     assert capsys.readouterr().out.count("# finished") == 10
+
+
+def test_lanes_run_at_once_what_waits_for_nothing(
+    program: ModuleType, place: dict[str, Any], programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once: list[int] = []
+    running: set[int] = set()
+
+    def start(*job: Any) -> SimpleNamespace:
+        code, polls, number = programs(*job), iter([None, None]), len(programs.ran)
+        running.add(number)
+        at_once.append(len(running))
+
+        def poll() -> int | None:
+            if next(polls, code) is None:
+                return None
+            running.discard(number)
+            return code
+
+        return SimpleNamespace(poll=poll)
+
+    monkeypatch.setattr(program, "_start", start)
+    assert program.main(program.Args(**place, seeds=(0, 1), lanes=2)) == 0
+    assert max(at_once) == 2 and at_once[0] == 1 and len(programs.ran) == 10
+    for seed in (0, 1):
+        order = [programs.ran.index(f"{name}/seed-{seed}{part}") for name, part in (("align", ""), ("ours", ""), ("ours", "/eval"))]
+        assert order == sorted(order)
 
 
 def test_a_failure_costs_what_starts_from_it(

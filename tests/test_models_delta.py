@@ -17,7 +17,7 @@ from llava_collab.models.convert import same_bits
 from llava_collab.models.delta import LoraFactors, is_delta, lora_factors, save_delta
 from llava_collab.models.inspect import inspect
 from llava_collab.training.lora import add_adapters, merge_adapters
-from llava_collab.training.recipe import LoraRecipe
+from llava_collab.training.recipe import TuneRecipe
 from llava_collab.types import Request, Turn
 
 EXPERTS = {"visual_expert": {"bottleneck": 4, "code_width": 8}, "language_expert": {"bottleneck": 4, "code_width": 8}}
@@ -112,7 +112,7 @@ def test_bf16_of_a_bf16_model_and_of_an_fp32_one(trained: Pair, tmp_path: Path) 
 
 def lora_trained() -> tuple[nn.Module, HyperLlavaProcessor, dict[str, LoraFactors]]:
     model, processor = build(ModelSpec())
-    tuner = add_adapters(model, LoraRecipe())
+    tuner = add_adapters(model, TuneRecipe(llm="lora", projector="lora"))
     torch.manual_seed(2)
     for name, parameter in tuner.named_parameters():
         if ".lora_" in name:
@@ -126,8 +126,9 @@ def test_lora_is_stored_as_its_factors(tmp_path: Path) -> None:
     assert isinstance(merged, HyperLlavaForConditionalGeneration)
     save_delta(merged, processor, tmp_path / "delta", ModelSpec(), lora=factors)
     stored = load_file(tmp_path / "delta/delta.safetensors")
-    assert {name.removesuffix(".lora_A") for name in stored if name.endswith("lora_A")} == set(factors) and Q in factors
-    assert not factors.keys() & stored.keys()
+    fresh = {name for name in factors if "multi_modal_projector" in name}  # no base: stored whole
+    assert {name.removesuffix(".lora_A") for name in stored if name.endswith("lora_A")} == set(factors) - fresh and Q in factors
+    assert factors.keys() & stored.keys() == fresh and len(fresh) == 2
     assert_same(merged, load(tmp_path / "delta")[0])
     save_delta(merged, processor, tmp_path / "half", ModelSpec(), lora=factors, dtype=torch.bfloat16)
     assert same_bits(load(tmp_path / "half")[0].state_dict()[Q], merged.state_dict()[Q].bfloat16())
@@ -139,7 +140,7 @@ def test_lora_factors_that_are_not_the_weights_are_refused(tmp_path: Path) -> No
     wrong = factors | {Q: LoraFactors(factors[Q].down_RI, factors[Q].up_OR, 2 * factors[Q].scale)}
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj\.weight do not give"):
         save_delta(merged, processor, tmp_path / "delta", ModelSpec(), lora=wrong)
-    with pytest.raises(ValueError, match=r"do not share: nothing\.weight"):
+    with pytest.raises(ValueError, match=r"does not have: nothing\.weight"):
         save_delta(merged, processor, tmp_path / "delta", ModelSpec(), lora={"nothing.weight": factors[Q]})
     assert list(tmp_path.iterdir()) == []
 

@@ -45,7 +45,7 @@ def test_the_papers_hyperparameters(name: str) -> None:
         ("optim: {}", "optim: {learning_rate: 1e-3}", r"unknown key 'learning_rate' in optim\. .*Valid keys: lr, "),
         ("optim: {}", "optim: {weight_dcay: 0}", r"Did you mean 'weight_decay'\?"),
         ("tune: {}", "tune: {llm: lorra}", r"tune\.llm must be one of .*Did you mean 'lora'\?"),
-        ("tune: {}", "tune: {projector: 1}", r"tune\.projector must be bool, not 1 \(int\)"),
+        ("tune: {}", "tune: {visual_expert: 1}", r"tune\.visual_expert must be bool, not 1 \(int\)"),
         ("optim: {}", "optim: {lr: fast}", r"optim\.lr must be float, not 'fast'"),
         ("optim: {}", "optim: {lr: 1e-3, lr: 1e-4}", r"line 4: key 'lr' is given twice"),
         ("optim: {}", "optim: {betas: [0.9]}", r"optim\.betas must be a list of 2"),

@@ -18,8 +18,8 @@ from llava_collab.models.build import ModelSpec, build, load
 from llava_collab.models.modeling import HyperLlavaForConditionalGeneration
 from llava_collab.training.checkpoint import damage
 from llava_collab.training.lora import add_adapters, merge_adapters
-from llava_collab.training.opening import exclusive
-from llava_collab.training.recipe import LoraRecipe
+from llava_collab.training.opening import exclusive, store_delta
+from llava_collab.training.recipe import LoraRecipe, RecipeError, TuneRecipe
 
 SHORT = ("--run.steps", "6", "--run.save-every", "3", "--run.no-save-first")
 
@@ -174,11 +174,31 @@ def test_adapters_resume_and_merge_into_a_plain_model(data: Path, tmp_path: Path
     assert not any("lora" in name for name, _ in model.named_parameters()) and model.config.language_expert is not None
 
 
+def test_runs_with_adapters_are_stored_as_a_chain_of_small_differences(data: Path, tmp_path: Path) -> None:
+    lora = (*SHORT, "--tune.llm", "lora", "--tune.lora.r", "4", "--run.precision", "bf16")
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run_here("tiny-instruct", data, first, *lora, "--model.visual-expert", "null", "--model.language-expert", "null") == 0
+    base = store_delta(first, tmp_path / "released/base")
+    start = ("--model.init-from", str(first / "model"), "--tune.projector", "lora")
+    assert run_here("tiny-instruct", data, second, *lora, *start) == 0
+    folder = store_delta(second, tmp_path / "released/model", base)
+    shutil.rmtree(first)
+    stored = load_file(folder / "delta.safetensors")
+    assert "model.multi_modal_projector.linear_1.weight.lora_A" in stored
+    assert {str(t.dtype) for name, t in stored.items() if "lora" in name} == {"torch.bfloat16"}
+    assert all("lora" in name or "_expert" in name for name in stored), sorted(stored)
+    released, trained = load(folder)[0].state_dict(), load(second / "model")[0].state_dict()
+    assert released.keys() == trained.keys() and all(torch.equal(released[name], trained[name]) for name in trained)
+    (second / "finished.json").unlink()
+    with pytest.raises(RecipeError, match="no finished run"):
+        store_delta(second, tmp_path / "other")
+
+
 def test_merged_logits_are_those_of_the_adapters() -> None:
     model, _ = build(ModelSpec())
     ids_BT = torch.arange(10, 30)[None]
     plain = model(input_ids=ids_BT).logits
-    tuner = add_adapters(model, LoraRecipe(r=4, alpha=8, dropout=0.0))
+    tuner = add_adapters(model, TuneRecipe(llm="lora", lora=LoraRecipe(r=4, alpha=8, dropout=0.0)))
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.1)

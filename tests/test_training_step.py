@@ -103,7 +103,7 @@ def test_groups_hold_every_parameter_once_at_its_rate() -> None:
     ("tune", "learns"),
     [
         (TuneRecipe(llm="frozen"), {"projector", "visual_expert", "language_expert"}),
-        (TuneRecipe(projector=False, visual_expert=False, language_expert=False), {"llm"}),
+        (TuneRecipe(projector="frozen", visual_expert=False, language_expert=False), {"llm"}),
         (TuneRecipe(llm="frozen", unfreeze_vision_tower=True), {"projector", "visual_expert", "language_expert", "vision_tower"}),
     ],
 )
@@ -117,7 +117,7 @@ def test_what_learns(tune: TuneRecipe, learns: set[str]) -> None:
 def test_nothing_to_train_and_unknown_parts_are_errors() -> None:
     model, _ = build(ModelSpec())
     with pytest.raises(ValueError, match="nothing to train"):
-        choose_trainable(model, TuneRecipe(projector=False, llm="frozen"))
+        choose_trainable(model, TuneRecipe(projector="frozen", llm="frozen"))
     model.model.novelty = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"model\.novelty\.weight"):
         choose_trainable(model, TuneRecipe())

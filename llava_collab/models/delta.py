@@ -51,13 +51,16 @@ class LoraFactors:
         return base_OI.float() + (self.up_OR.float() @ self.down_RI.float()) * self.scale
 
 
-def lora_factors(model: nn.Module, adapter: str = "default") -> dict[str, LoraFactors]:
-    """The factors of a model's LoRA layers by the name that their weight has after merging; take them before the merge."""
+def lora_factors(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, LoraFactors]:
+    """The factors of a model's LoRA layers by the name that their weight has after merging; take them before the merge.
+
+    dtype: what they are kept in (default: their own).
+    """
     factors = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
-            down, up = (part[adapter].weight.detach().cpu().clone() for part in (layer.lora_A, layer.lora_B))  # pyright: ignore
-            factors[f"{name}.weight"] = LoraFactors(down, up, float(layer.scaling[adapter]))
+        if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
+            down, up = (part["default"].weight.detach().to("cpu", dtype, copy=True) for part in (layer.lora_A, layer.lora_B))  # pyright: ignore
+            factors[f"{name}.weight"] = LoraFactors(down, up, float(layer.scaling["default"]))
     return factors
 
 
@@ -174,13 +177,13 @@ def _difference(
     target: dict[str, Tensor], cast: dict[str, Tensor], under: dict[str, Tensor], lora: Mapping[str, LoraFactors], dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What to store, and the hashes and LoRA scales that go into base.json."""
-    if unknown := sorted(set(lora) - (target.keys() & under.keys())):
-        raise ValueError(f"LoRA factors of weights that the model and its base do not share: {', '.join(unknown[:8])}")
+    if unknown := sorted(set(lora) - target.keys()):
+        raise ValueError(f"LoRA factors of weights that the model does not have: {', '.join(unknown[:8])}")
     stored: dict[str, Tensor] = {}
     hashes, scales = {}, {}
     for name, tensor in target.items():
         same = name in cast and same_bits(tensor, cast[name])
-        if not same and name in lora:
+        if not same and name in lora and name in under:  # over named parts a projector is fresh, and has no base
             merged = lora[name].merged(under[name]).to(dtype)
             if not same_bits(merged, tensor):
                 gap = (merged.float() - tensor.float()).abs().max().item()

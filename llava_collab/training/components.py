@@ -47,16 +47,15 @@ def by_component(names: Iterable[str]) -> dict[str, list[str]]:
 def choose_trainable(model: nn.Module, tune: TuneRecipe) -> Named:
     """Set `requires_grad` on every parameter by the recipe; returns the trainable ones by name."""
     wanted = {
-        "projector": tune.projector,
+        "projector": tune.projector != "frozen",
         "visual_expert": tune.visual_expert,
         "language_expert": tune.language_expert,
         "vision_tower": tune.unfreeze_vision_tower,
         "llm": tune.llm != "frozen",
     }
-    adapters = tune.llm in ("lora", "lora4bit")
     for name, parameter in model.named_parameters():
         component = component_of(name)
-        train = wanted[component] and not (component == "llm" and adapters and ".lora_" not in name)
+        train = wanted[component] and not (component in tune.adapted and ".lora_" not in name)
         if component == "vision_tower" and train:
             train = _projector_reads(name, model.config)
         parameter.requires_grad_(train)

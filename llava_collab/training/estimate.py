@@ -155,8 +155,8 @@ def estimate(recipe: Recipe, earlier: Mapping[str, ModelSpec] | None = None, tok
 def student(recipe: Recipe, earlier: Mapping[str, ModelSpec] | None = None) -> Any:
     """The model as training opens it (`opening.open_student`), on the meta device: adapters in, parts frozen, frozen weights cast."""
     model: Any = meta_model(configuration(recipe.model, earlier))
-    if recipe.tune.llm in ("lora", "lora4bit"):
-        add_adapters(model, recipe.tune.lora)
+    if recipe.tune.adapted:
+        add_adapters(model, recipe.tune)
     choose_trainable(model, recipe.tune)
     if recipe.run.precision == "bf16":
         cast_frozen(model, torch.bfloat16)

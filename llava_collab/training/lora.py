@@ -1,4 +1,4 @@
-"""LoRA on the language model by peft: put in, and merged into a full-precision base at the end."""
+"""LoRA on the language model and the projector by peft: put in, and merged into a full-precision base at the end."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from llava_collab.training.recipe import LoraRecipe, RecipeError
+from llava_collab.training.recipe import RecipeError, TuneRecipe
 
 
-def add_adapters(model: nn.Module, recipe: LoraRecipe) -> LoraModel:
-    """Put adapters on the language model's linear layers, in place; the returned tuner merges them later.
+def add_adapters(model: nn.Module, tune: TuneRecipe) -> LoraModel:
+    """Put adapters on the linear layers of the parts that `tune` adapts, in place; the returned tuner merges them later.
 
-    Raises ValueError (by peft) where no layer has a name of `recipe.target`.
+    Raises ValueError (by peft) where no layer of the language model has a name of `tune.lora.target`.
     """
-    names = "|".join(map(re.escape, recipe.target))
+    names = "|".join(map(re.escape, tune.lora.target))
+    layers = {"llm": rf"model\.language_model\.layers\..*\.({names})", "projector": r"model\.multi_modal_projector\.linear_[12]"}
     config = LoraConfig(
-        r=recipe.r,
-        lora_alpha=recipe.alpha,
-        lora_dropout=recipe.dropout,
-        target_modules=rf"model\.language_model\.layers\..*\.({names})",
+        r=tune.lora.r,
+        lora_alpha=tune.lora.alpha,
+        lora_dropout=tune.lora.dropout,
+        target_modules="|".join(layers[part] for part in sorted(tune.adapted)),
         bias="none",
     )
     return LoraModel(model, config, "default")

@@ -19,11 +19,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from llava_collab.files import locked, publish, read_json, write_json
 from llava_collab.models.build import build, load
+from llava_collab.models.delta import LoraFactors, lora_factors, save_delta
 from llava_collab.training.checkpoint import verify
 from llava_collab.training.components import EXPERTS, Named, cast_frozen, choose_trainable, component_of
 from llava_collab.training.lora import add_adapters, merge_adapters, quantise, require_4bit
 from llava_collab.training.recipe import Recipe, RecipeError
-from llava_collab.training.recipe_file import refuse_other_recipe, save_recipe
+from llava_collab.training.recipe_file import load_recipe, refuse_other_recipe, save_recipe
 
 TRAINABLE = "trainable.safetensors"
 
@@ -95,7 +96,7 @@ class Student:
 
 def open_student(recipe: Recipe, checkpoint: Path | None, device: torch.device) -> Student:
     """Build the recipe's model, or take a checkpoint's weights; freeze what the recipe freezes; put it on the device, ready to train."""
-    adapters = recipe.tune.llm in ("lora", "lora4bit")
+    adapters = bool(recipe.tune.adapted)
     if recipe.tune.llm == "lora4bit":
         require_4bit()
     if checkpoint is None or adapters:
@@ -104,7 +105,7 @@ def open_student(recipe: Recipe, checkpoint: Path | None, device: torch.device) 
         model, processor = load(checkpoint, dtype=torch.float32)
     if recipe.tune.llm == "lora4bit":
         quantise(model, device)
-    tuner = add_adapters(model, recipe.tune.lora) if adapters else None
+    tuner = add_adapters(model, recipe.tune) if adapters else None
     trainable = choose_trainable(model, recipe.tune)
     if adapters and checkpoint is not None:
         load_trainable(trainable, load_file(checkpoint / TRAINABLE))
@@ -128,18 +129,31 @@ def load_trainable(trainable: Named, tensors: dict[str, torch.Tensor]) -> None:
         parameter.copy_(tensors[name])
 
 
+def merged(recipe: Recipe, tensors: dict[str, torch.Tensor]) -> tuple[nn.Module, dict[str, LoraFactors]]:
+    """The fp32 model that the trained weights of a run with adapters stand for, and the factors that were merged into it.
+
+    Factors are first rounded to the run's precision, that of the model folder, so that a delta in that precision holds the same model.
+    """
+    model, _ = build(recipe.model, seed=recipe.run.seed)
+    tuner = add_adapters(model, recipe.tune)
+    load_trainable(choose_trainable(model, recipe.tune), tensors)
+    dtype = torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(dtype).float()
+    factors = lora_factors(model, dtype)
+    return merge_adapters(tuner), factors
+
+
 def finish(recipe: Recipe, student: Student, step: int) -> Path:
     """Write `<run>/model`, a plain model folder in the run's precision (experts fp32), and mark the run finished.
 
-    Adapters are merged, in fp32, into the recipe's base built anew, so that a frozen base stored in fewer bits leaves no trace.
+    Adapters are merged into the recipe's base built anew, so that a frozen base stored in fewer bits leaves no trace.
     """
     run = Path(recipe.run.out)
     model: nn.Module = student.model
     if student.tuner is not None:
-        base, _ = build(recipe.model, seed=recipe.run.seed)
-        tuner = add_adapters(base, recipe.tune.lora)
-        load_trainable(choose_trainable(base, recipe.tune), {name: p.detach().cpu() for name, p in student.trainable.items()})
-        model = merge_adapters(tuner)
+        model, _ = merged(recipe, {name: p.detach().cpu() for name, p in student.trainable.items()})
     if recipe.run.precision == "bf16":
         for name, parameter in model.named_parameters():
             if component_of(name) not in EXPERTS:
@@ -151,3 +165,20 @@ def finish(recipe: Recipe, student: Student, step: int) -> Path:
     publish(temporary, run / "model")
     write_json(run / "finished.json", {"step": step})
     return run / "model"
+
+
+def store_delta(run: Path, folder: Path, base: Path | None = None, licence: str = "other") -> Path:
+    """Write a finished run's model to `folder` as its difference from what it started from; adapters as their factors.
+
+    base: the same weights in another place than the recipe's (a released folder). Raises RecipeError for a run that is not finished,
+    and ValueError (by `save_delta`) where `base` has other weights or `folder` is something else.
+    """
+    if not (run / "finished.json").is_file():
+        raise RecipeError(f"{run} is no finished run (it has no finished.json); train it to the end first.")
+    recipe = load_recipe(run / "recipe.yaml")
+    factors = None
+    if recipe.tune.adapted:
+        step = read_json(run / "finished.json")["step"]
+        factors = merged(recipe, load_file(run / "checkpoints" / f"step-{step}" / TRAINABLE))[1]
+    model, processor = load(run / "model")
+    return save_delta(model, processor, folder, base or recipe.model, seed=recipe.run.seed, lora=factors, licence=licence)

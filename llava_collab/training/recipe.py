@@ -63,7 +63,7 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class LoraRecipe:
-    """Low-rank adapters on the language model (used when tune.llm is lora or lora4bit); LLaVA's finetune_lora.sh values."""
+    """Low-rank adapters (used where tune.llm is lora or lora4bit, or tune.projector is lora); LLaVA's finetune_lora.sh values."""
 
     r: int = 128
     """Rank."""
@@ -72,7 +72,7 @@ class LoraRecipe:
     dropout: float = 0.05
     """Dropout before A."""
     target: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Names of the linear layers inside the language model's blocks that get an adapter."""
+    """Names of the linear layers inside the language model's blocks that get an adapter; of the projector, both do."""
 
     def __post_init__(self) -> None:
         _require(self.r >= 1, f"tune.lora.r must be at least 1, not {self.r}.")
@@ -84,8 +84,8 @@ class LoraRecipe:
 class TuneRecipe:
     """Which parts learn. A part that the model does not have is skipped and printed as absent."""
 
-    projector: bool = True
-    """Train the projector's two linear layers."""
+    projector: Literal["full", "lora", "frozen"] = "full"
+    """How the projector's two linear layers learn: all weights, adapters, or not."""
     visual_expert: bool = True
     """Train the hypernetwork of the visual expert."""
     language_expert: bool = True
@@ -96,6 +96,12 @@ class TuneRecipe:
     """Adapter settings."""
     unfreeze_vision_tower: bool = False
     """Train the vision tower too (the layers that the projector reads from)."""
+
+    @property
+    def adapted(self) -> frozenset[str]:
+        """The parts that learn through adapters."""
+        ways = {"llm": self.llm, "projector": self.projector}
+        return frozenset(part for part, way in ways.items() if way in ("lora", "lora4bit"))
 
 
 @dataclass(frozen=True)
