@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -66,6 +67,12 @@ class Args:
 
     data_root: Path | None = None
     """Folder of the suite's data, in place of its own."""
+
+    dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
+    """Type the weights are loaded in for evaluation; by default that of the model's files."""
+
+    batch_size: int = 8
+    """Questions answered at once."""
 
     lanes: int = 1
     """Programs at once. Share the cores among them: OMP_NUM_THREADS=1 for two lanes on two cores."""
@@ -127,6 +134,7 @@ def _add(sweep: Sweep, args: Args, row: TableRow, seed: int) -> None:
         needs = name
     folder = sweep.evaluation(row, seed)
     wanted = {"model": str(folder.parent / "model"), "name": row.name, "suite": str(args.suite), "split": args.split, "out": str(folder)}
+    wanted |= {"dtype": args.dtype, "batch_size": str(args.batch_size)}
     optional = {"items_per_category": args.items_per_category, "data_root": args.data_root}
     wanted |= {key: str(value) for key, value in optional.items() if value is not None}
     command = [sys.executable, str(ROOT / "eval" / "run.py")]

@@ -156,7 +156,7 @@ class Programs:
             write_json(folder / "finished.json", {"step": 3})
         else:
             score = 50.0 + 10 * ("ours" in name) + 2 * ("seed-1" in name)
-            keys = ("model", "name", "suite", "split", "out", "data_root", "items_per_category")
+            keys = ("model", "name", "suite", "split", "out", "data_root", "items_per_category", "dtype", "batch_size")
             arguments = {key: options.get(f"--{key.replace('_', '-')}", "None") for key in keys}
             open_run(folder, {"model": options["--name"], "items": {"all": 2}}, {"arguments": arguments})
             usage = {"generated_tokens": 1, "flops": 1.0}
@@ -169,7 +169,12 @@ class Programs:
 @pytest.fixture
 def programs(program: ModuleType, place: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Programs:
     stand_in = Programs(place["out"])
-    monkeypatch.setattr(program, "_start", lambda *job: SimpleNamespace(poll=lambda code=stand_in(*job): code))
+
+    def start(*job: Any) -> SimpleNamespace:
+        code = stand_in(*job)
+        return SimpleNamespace(poll=lambda: code)
+
+    monkeypatch.setattr(program, "_start", start)
     return stand_in
 
 
