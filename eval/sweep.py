@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import tyro
 
 from llava_collab.evaluation import report
@@ -218,25 +217,13 @@ def _start(command: Sequence[str], log: Path, lock: int) -> subprocess.Popen[byt
         return subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, pass_fds=(lock,))
 
 
-def pooled(label: str, runs: Sequence[report.Run]) -> report.Run:
-    """Several seeds as one run: each sample's score is the mean over the seeds; one that failed in any is an error."""
-    by_id = [{row["sample_id"]: row for row in run.rows} for run in runs]
-    rows = []
-    for sample_id in by_id[0]:
-        seeds = [rows_of[sample_id] for rows_of in by_id if sample_id in rows_of]
-        bad = next((row for row in seeds if row["status"] != "ok"), None)
-        if len(seeds) == len(runs):
-            rows.append(bad or seeds[0] | {"score": float(np.mean([row["score"] for row in seeds]))})
-    return report.Run(label, runs[0].identity, rows)
-
-
 def tables_of(sweep: Sweep, seeds: Sequence[int]) -> tuple[str, list[report.Table]]:
     """Markdown of our rows beside the paper's, and our tables for CSV. Rows without a finished evaluation are dashes."""
     runs: dict[str, list[report.Run]] = {}
     for row in sweep.rows:
         done = [seed for seed in seeds if sweep.jobs[str(sweep.evaluation(row, seed).relative_to(sweep.out))].finished()]
         runs[row.name] = report.read_runs([sweep.evaluation(row, seed) for seed in done])
-    pools = {name: pooled(name, seeded) for name, seeded in runs.items() if seeded}
+    pools = {name: report.pooled(name, seeded) for name, seeded in runs.items() if seeded}
     first = pools.get(sweep.table.baseline)
     lines = []
     for row in sweep.table.rows:
@@ -244,7 +231,9 @@ def tables_of(sweep: Sweep, seeds: Sequence[int]) -> tuple[str, list[report.Tabl
         numbers = row.numbers or ("–",) * len(sweep.table.columns)
         lines.append([row.name, *cells, row.paper, *map(str, numbers)])
     header = ["row", "CMT-open", "seeds: range", f"difference from {sweep.table.baseline}", "in the paper", *sweep.table.columns]
-    title = f"{sweep.table.title}. Ours (macro-average, 95 % interval over items); the paper's: other data and bases, not comparable"
+    title = (
+        f"{sweep.table.title}. Ours (macro-average, 95 % interval over items and seeds); the paper's: other data and bases, not comparable"
+    )
     ours = [report.score_table(list(pools.values()))] if pools else []
     if first is not None and len(pools) > 1:
         ours.append(report.difference_table(first, [pool for name, pool in pools.items() if name != first.label]))

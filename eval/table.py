@@ -2,7 +2,7 @@
 
     python eval/table.py runs/static/eval runs/hyper/eval --out runs/table --compare runs/static/eval runs/hyper/eval
 
-Every figure is computed from the folders' records.jsonl.
+Every figure is computed from the folders' records.jsonl. "detectable" is the true difference that would have been found with 80 % power.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ class Args:
     out: Path
     """Folder for table.md, table.csv, table.tex and scores.png."""
 
+    pool_seeds: bool = False
+    """Folders of one model name are seeds of one model: one line, mean scores, intervals over items and seeds."""
+
     compare: Annotated[tuple[str, ...], tyro.conf.arg(metavar="BASELINE MODEL [MODEL ...]")] = ()
     """Also print paired differences of each MODEL from the BASELINE, over the samples that both answered. Folders or labels."""
 
@@ -37,7 +40,11 @@ class Args:
 def main(args: Args) -> None:
     """Compute, print, write. Raises RecordError for folders that can't be read or compared."""
     runs = report.read_runs(args.runs)
-    names = {str(folder): run for folder, run in zip(args.runs, runs, strict=True)} | {run.label: run for run in runs}
+    names = {str(folder): run for folder, run in zip(args.runs, runs, strict=True)}
+    if args.pool_seeds:
+        runs = report.pools(runs)
+        names = {}
+    names |= {run.label: run for run in runs}
     tables = [report.score_table(runs), report.beside_table(runs)]
     parts = [table.markdown() for table in tables]
     if args.compare:

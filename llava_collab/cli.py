@@ -212,6 +212,8 @@ class Ablate:
     """at most so many items of each category"""
     categories: tuple[str, ...] = ()
     """only these categories (default: all)"""
+    conditions: tuple[str, ...] = ()
+    """only these conditions beside own: shuffled-family, shuffled-category, shuffled-all, mean, zero, image-part, question-part"""
     feature_cache: bool = False
     """keep vision tower outputs in the local cache (the one that training uses): every condition reads them again"""
     batch_size: int = 16
@@ -233,7 +235,7 @@ class Ablate:
         chosen = choose(samples, self.items_per_category, seed=0)
         if self.feature_cache:
             cache_features(network, processor, [image for sample in chosen for image in sample.images], self.batch_size)
-        print(ablate(self.model, model, suite, chosen, suite.read("train", self.data_root), self.out, self.batch_size))
+        print(ablate(self.model, model, suite, chosen, suite.read("train", self.data_root), self.out, self.batch_size, self.conditions))
         return 0
 
 
@@ -272,6 +274,27 @@ class Convert:
         from .models.convert import convert
 
         print(f"wrote {convert(self.source, self.out, to=self.to, base=self.base, vision_tower=self.vision_tower, template=self.template)}")
+        return 0
+
+
+@dataclass
+class Delta:
+    """Store a finished run's model as its difference from what it started from: adapters as their factors, equal weights not at all."""
+
+    run_folder: Positional[Path]
+    """the run, e.g. runs/smol-instruct-lora"""
+    out: Positional[Path]
+    """the new folder; an earlier delta there is replaced"""
+    base: Path | None = None
+    """where readers find the model that the run started from, e.g. another delta (default: where the recipe says it is)"""
+    licence: str = "other"
+    """for the model card"""
+
+    def run(self) -> int:
+        from .training.opening import store_delta
+
+        folder = store_delta(self.run_folder, self.out, self.base, self.licence)
+        print(f"wrote {folder}: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB")
         return 0
 
 
@@ -320,6 +343,7 @@ Verb = (
     | Annotated[Ablate, subcommand("ablate")]
     | Annotated[Inspect, subcommand("inspect")]
     | Annotated[Convert, subcommand("convert")]
+    | Annotated[Delta, subcommand("delta")]
     | Annotated[Estimate, subcommand("estimate")]
 )
 

@@ -40,6 +40,17 @@ def test_bootstrap_gives_the_textbook_interval() -> None:
         bootstrap({"a": np.array([])})
 
 
+def test_seeds_are_resampled_with_the_items_and_alike_in_all_categories() -> None:
+    noise = np.random.default_rng(0).normal(size=(1, 400)) * 3
+    seeds = np.array([[10.0], [13.0], [19.0]])
+    item, seed = noise.std() / 20, seeds.std() / np.sqrt(3)
+    result = bootstrap({"a": seeds + noise, "b": seeds + 0 * noise, "c": noise[0]}, resamples=8000)
+    assert result["a"].error == pytest.approx(np.hypot(item, seed), rel=0.05) and result["a"].n == 400
+    assert result["b"].error == pytest.approx(seed, rel=0.05) and result["c"].error == pytest.approx(item, rel=0.05)
+    assert bootstrap({"a": seeds + 0 * noise, "b": seeds + 0 * noise}, resamples=8000)[MACRO].error == pytest.approx(seed, rel=0.05)
+    assert result["b"].detectable == pytest.approx(2.8 * result["b"].error)
+
+
 def test_large_groups_are_drawn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = np.arange(100.0)
     whole = bootstrap({"a": scores}, resamples=50)["a"]
@@ -89,6 +100,18 @@ def test_score_table_is_computed_from_the_rows(two: list[Path]) -> None:
     )
     assert r"hyper\_x & 50.0 $\pm$ 0.0" in report.score_table(runs).latex()
     assert "hyper_x,Macro,score,75.0,75.0,75.0,6\n" in report.csv_text([report.score_table(runs)])
+
+
+def test_seeds_of_a_model_are_pooled(tmp_path: Path) -> None:
+    scores = {"x": ([100.0, 0.0, 50.0], [0.0, 0.0, None]), "y": ([100.0, 100.0, 50.0], [100.0, 0.0, 0.0])}
+    folders = [folder(tmp_path / f"{name}{seed}", name, list(map(row, range(3), scores[name][seed]))) for name in "xy" for seed in (0, 1)]
+    x, y = report.pools(report.read_runs(folders))
+    assert (x.label, x.headline, y.headline) == ("x", "n=2/3, 1 errors", "n=3/3, 0 errors")
+    assert x.intervals()[MACRO].mean == 25 and y.intervals()[MACRO].mean == pytest.approx(175 / 3)
+    difference = report.paired(x, y)[MACRO]
+    assert (difference.n, difference.mean) == (2, 50.0)
+    alone = report.read_runs(folders[:1])[0]  # another number of seeds: means are compared
+    assert report.paired(alone, y)[MACRO].mean == pytest.approx(np.mean([0.0, 50.0, -25.0]))
 
 
 def test_no_macro_over_other_categories(two: list[Path], tmp_path: Path) -> None:

@@ -42,14 +42,23 @@ CONDITIONS = {
     "question-part": "language guidance from the question's tokens alone",
 }
 VIEWS, VIEWED = 4, 48
+LOSSES = "losses.json"
 
 
 def ablate(
-    folder: Path, model: Single, suite: Suite, samples: Sequence[Sample], train: Sequence[Sample], out: Path, batch_size: int
+    folder: Path,
+    model: Single,
+    suite: Suite,
+    samples: Sequence[Sample],
+    train: Sequence[Sample],
+    out: Path,
+    batch_size: int,
+    chosen: Sequence[str] = (),
 ) -> str:
-    """Run all conditions (resumably, a record folder each below `out`) and return the table; writes ablate.json, ablate.md, ablate.png.
+    """Run the conditions (resumably, a record folder each below `out`) and return the table; writes ablate.json, ablate.md, ablate.png.
 
-    `samples` are scored as `suite` says. Raises ValueError for a model without a dynamic expert.
+    `samples` are scored as `suite` says. `chosen`: only these conditions, and `own`. Raises ValueError for a model without a dynamic expert,
+    and for a condition that means nothing for it.
     """
     experts = [e for e in (*model.network.model.multi_modal_projector.experts, model.network.model.language_expert) if e is not None]
     if not experts or any(expert.config.mode == "static" for expert in experts):
@@ -58,10 +67,10 @@ def ablate(
     requests = [sample.request(suite.max_new_tokens[sample.category]) for sample in samples]
     own = read_codes(model, requests, batch_size)
     about = {"suite": suite.name, "model_sha256": model_sha256(folder)}
+    if unknown := set(chosen) - set(conditions(model)):
+        raise ValueError(f"no condition {sorted(unknown)} for {folder}; there are {', '.join(conditions(model))}")
     kept: dict[str, int] = {}
-    runs: dict[str, report.Run] = {}
-    losses: dict[str, dict[str, float]] = {}
-    for name in conditions(model):
+    for name in [name for name in conditions(model) if not chosen or name in ("own", *chosen)]:
         recoded, kept[name] = _recoded(model, name, own, samples)
         place = out / name
         evaluate(
@@ -74,15 +83,25 @@ def ablate(
             identity=about | {"codes": name},
             environment=environment(),
         )
-        losses[name] = _losses(recoded, samples, place / "losses.json", batch_size)
-        runs[name] = report.read_runs([place])[0]
-    spread = _variances(model, samples, suite, out / "variances.json")
-    figures = _figures(runs, losses, samples)
+        _losses(recoded, samples, place / LOSSES, batch_size)
+    _variances(model, samples, suite, out / "variances.json")
+    figures, spread = read_ablation(out)
     write_json(out / "ablate.json", {"conditions": _plain(figures), "kept_their_own": kept, "variances": spread, **environment()})
     text = _text(folder, figures, kept, spread, len(samples))
     write_text(out / "ablate.md", text)
     _plot(figures, spread, out / "ablate.png")
     return text
+
+
+def read_ablation(out: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The figures of an ablation, computed from its records: per condition mean score and loss and their paired differences from `own`.
+
+    And the variances of the generated weights, by expert and layer.
+    """
+    present = [name for name in CONDITIONS if (out / name / LOSSES).is_file()]
+    runs = {name: report.read_runs([out / name])[0] for name in present}
+    losses = {name: read_json(out / name / LOSSES) for name in present}
+    return _figures(runs, losses), read_json(out / "variances.json")
 
 
 def conditions(model: Single) -> list[str]:
@@ -151,11 +170,8 @@ def _view(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return ImageEnhance.Brightness(moved).enhance(float(rng.uniform(0.8, 1.2)))
 
 
-def _figures(
-    runs: Mapping[str, report.Run], losses: Mapping[str, Mapping[str, float]], samples: Sequence[Sample]
-) -> dict[str, dict[str, Any]]:
-    """Per condition: mean score and loss by category, and their paired differences from `own`, with intervals."""
-    category = {sample.id: sample.category for sample in samples}
+def _figures(runs: Mapping[str, report.Run], losses: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    category = {row["sample_id"]: row["category"] for row in runs["own"].rows}
     figures: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         groups: dict[str, list[float]] = defaultdict(list)

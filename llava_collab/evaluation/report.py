@@ -55,7 +55,7 @@ class Run:
     def intervals(self) -> dict[str, Interval]:
         """Per category and macro; {} where nothing was scored. Error rows are in no mean."""
         scores = by_category(self.ok)
-        return bootstrap({category: np.array([row["score"] for row in rows]) for category, rows in scores.items()}) if scores else {}
+        return bootstrap({category: np.transpose([_by_seed(row) for row in rows]) for category, rows in scores.items()}) if scores else {}
 
     def cost(self) -> dict[str, float]:
         """Means an answered item: generated tokens, GFLOPs (2 x parameters x tokens, as `Usage` says), seconds of wall time."""
@@ -74,6 +74,31 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     if len(set(labels)) < len(labels):
         raise RecordError("the same folder is named twice")
     return [Run(label, identity, rows) for label, (_, identity, rows) in zip(labels, runs, strict=True)]
+
+
+def pooled(label: str, runs: Sequence[Run]) -> Run:
+    """Several seeds as one run: a sample's score is the mean over the seeds, which stay in `seed_scores`; one that failed in any is an error."""
+    by_id = [{row["sample_id"]: row for row in run.rows} for run in runs]
+    rows = []
+    for sample_id in by_id[0]:
+        seeds = [rows_of[sample_id] for rows_of in by_id if sample_id in rows_of]
+        if len(seeds) == len(runs):
+            bad = next((row for row in seeds if row["status"] != "ok"), None)
+            scores = [row["score"] for row in seeds]
+            rows.append(bad or seeds[0] | {"score": float(np.mean(scores)), "seed_scores": scores})
+    return Run(label, runs[0].identity, rows)
+
+
+def pools(runs: Sequence[Run]) -> list[Run]:
+    """Runs of one model name pooled, in the order in which names first come."""
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[str(run.identity["model"])].append(run)
+    return [pooled(name, seeds) for name, seeds in groups.items()]
+
+
+def _by_seed(row: Row) -> list[float]:
+    return row.get("seed_scores") or [row["score"]]
 
 
 def by_category(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -119,17 +144,21 @@ def corpus_bleu(rows: Sequence[Row]) -> float:
 
 
 def paired(first: Run, second: Run) -> dict[str, Interval]:
-    """Paired bootstrap of `second - first` over the samples that both answered. Raises RecordError for none, or other metrics."""
+    """Paired bootstrap of `second - first` over the samples that both answered, and over seeds where both are pools of as many.
+
+    Raises RecordError for no common sample, or other metrics.
+    """
     theirs = {row["sample_id"]: row for row in first.ok}
     common = [(theirs[row["sample_id"]], row) for row in second.ok if row["sample_id"] in theirs]
     if not common:
         raise RecordError(f"{first.label} and {second.label} have no answered sample in common")
-    groups: dict[str, list[float]] = defaultdict(list)
+    groups: dict[str, list[Any]] = defaultdict(list)
     for a, b in common:
         if (a["metric"], a["references"]) != (b["metric"], b["references"]):
             raise RecordError(f"{first.label} and {second.label} score sample {a['sample_id']!r} differently; evaluate both again")
-        groups[b["category"]].append(b["score"] - a["score"])
-    return bootstrap({category: np.array(values) for category, values in groups.items()})
+        before, after = np.array(_by_seed(a)), np.array(_by_seed(b))
+        groups[b["category"]].append(after - before if len(after) == len(before) else [after.mean() - before.mean()])
+    return bootstrap({category: np.transpose(values) for category, values in groups.items()})
 
 
 @dataclass(frozen=True)
@@ -195,10 +224,13 @@ def difference_table(baseline: Run, others: Sequence[Run]) -> Table:
     names = [*by_category([row for run in others for row in run.ok if row["category"] in results[run.label]]), MACRO]
     lines, plain = [], []
     for label, figures in results.items():
-        lines.append([label, *(_difference(figures.get(name)) for name in names), str(figures[MACRO].n)])
-        plain += [_csv(label, name, f"difference from {baseline.label}", value) for name, value in figures.items()]
+        cells = [_difference(figures.get(name)) for name in names]
+        lines.append([label, *cells, str(figures[MACRO].n), f"{figures[MACRO].detectable:.1f}"])
+        for name, value in figures.items():
+            plain.append(_csv(label, name, f"difference from {baseline.label}", value))
+            plain.append({"model": label, "category": name, "figure": "detectable difference", "value": value.detectable})
     title = f"Paired differences from {baseline.label} [95 % interval] over common samples; * where the interval excludes 0"
-    return Table(title, ["model", *names, "n"], lines, plain)
+    return Table(title, ["model", *names, "n", "detectable (Macro)"], lines, plain)
 
 
 def settings_that_differ(baseline: Run, other: Run) -> list[str]:
