@@ -55,7 +55,7 @@ class Args:
     tables: Path = ROOT / "train" / "tables.yaml"
     """File of the tables."""
 
-    suite: Path = ROOT / "eval" / "suites" / "cmt-open.yaml"
+    suite: Path = Path("eval/suites/cmt-open.yaml")
     """What the models are measured on."""
 
     split: str = "test"

@@ -15,8 +15,9 @@ PACKAGES = ("llava-collab", "torch", "transformers", "tokenizers", "numpy", "pil
 
 def environment(**more: Any) -> dict[str, Any]:
     """Command, date, versions and hardware, with `more` beside them."""
+    program = os.path.relpath(sys.argv[0]) if os.path.isabs(sys.argv[0]) else sys.argv[0]  # records travel; folders of one machine don't
     return {
-        "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
+        "command": shlex.join([os.path.basename(sys.executable), program, *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(), "accelerator": _accelerator()},
