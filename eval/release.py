@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from tyro.conf import subcommand
@@ -42,6 +42,14 @@ ROWS = {
     "hyperllava": "HyperLLaVA",
 }
 OURS = "hyperllava"
+TRIED = {
+    OURS: "as released",
+    "expert-rate-1": "experts at 3.3 times the rate",
+    "attached": "attached guidance",
+    "last-prompt-token": "guidance of the last prompt token",
+    "longer": "three times as many steps",
+}
+"""Rows of the table `codes` whose codes were exchanged."""
 SHORT = {"Visual Captioning": "Captioning", "Spatial Inference": "Spatial", "Detailed Description": "Description"}
 SHORT |= {"Visual Storytelling": "Storytelling", "Text-Rich Images QA": "Text-Rich"}
 
@@ -118,10 +126,10 @@ class Cards:
     """Folder of the released models."""
 
     def run(self) -> int:
-        score_lines = [line for line in scores(_pools(self.records)).splitlines() if line.startswith("|")]
+        table = scores(_pools(self.records))
         for name, row in {BASE: "align", **MODELS}.items():
-            facts = _facts(self.runs / row / "seed-0", self.records / f"{MODELS.get(name, OURS)}-0")
-            write_text(self.checkpoints / name / "README.md", _card(name, facts, [] if name == BASE else score_lines))
+            card = _card(name, self.runs / row / "seed-0", self.records / f"{MODELS.get(name, OURS)}-0", table)
+            write_text(self.checkpoints / name / "README.md", card)
             print(f"wrote {self.checkpoints / name / 'README.md'}")
         return 0
 
@@ -162,13 +170,13 @@ def differences(pools: Sequence[report.Run]) -> str:
 
 
 def codes(records: Path) -> str:
-    """C4: what other codes than each sample's own cost the released model."""
-    figures, _ = read_ablation(records / "codes-0")
-    items = figures["own"]["score"][MACRO].n
-    lines = [[f"C4: codes ({items:,} items)", "loss above own codes", "score above own codes"]]
-    for name in [name for name in figures if name != "own"]:
-        loss, score = figures[name]["loss_difference"][MACRO], figures[name]["score_difference"][MACRO]
-        lines.append([CONDITIONS[name], _signed(loss, 4), _signed(score)])
+    """C4: what other codes than each sample's own cost the released model, and models trained otherwise so that codes might matter."""
+    lines = [["C4: model", "codes", "loss above own codes", "score above own codes", "macro with own codes"]]
+    for row, title in TRIED.items():
+        figures, _ = read_ablation(records / "codes" / row)
+        for name in [name for name in figures if name != "own"]:
+            loss, score = figures[name]["loss_difference"][MACRO], figures[name]["score_difference"][MACRO]
+            lines.append([title, CONDITIONS[name], _signed(loss, 4), _signed(score), f"{figures['own']['score'][MACRO].mean:.1f}"])
     return _markdown(lines)
 
 
@@ -185,63 +193,73 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _facts(run: Path, records: Path) -> dict[str, Any]:
-    """What a card tells of a training."""
+WHAT = {
+    BASE: "Stage 1 of the released models: the projector, and adapters on the language model, trained to caption pictures. The others"
+    " are stored as differences from it; by itself it captions and answers nothing.",
+    "hyperllava-smol": "HyperLLaVA (arXiv 2403.13447) at a size that trains on a CPU: both hypernetworks, and adapters on language model"
+    " and projector.",
+    "llava-smol": "The static twin of hyperllava-smol (control C1): the same start, data, order and steps, without experts.",
+    "llava-smol-matched-lora": "The twin of hyperllava-smol with as many trained parameters in plain LoRA instead of experts (control C5):"
+    " the same start, data, order and steps.",
+}
+CARD = """\
+---
+license: apache-2.0
+library_name: llava_collab
+pipeline_tag: image-text-to-text
+language: en
+---
+
+# {name}
+
+{what}
+
+```python
+from llava_collab.models.build import load
+
+model, processor = load("checkpoints/{name}")
+```
+
+- **Base**: {base}, verified by sha256 when it is loaded. It needs `llava-collab assets --bases smollm2-135m-l4-v8k efficientnet-lite0
+  dinov2-s` once.
+- **Data**: CMT-open, {samples:,} samples drawn from its training split (question families: {families}), and nothing else.
+- **Training**: `{recipe}`, seed {seed}, {steps} steps of {batch}, loss over the last 50 steps {loss:.2f};
+  by `bash scripts/reproduce_release.sh`.
+- **Hardware and time**: one of {cpus} CPU cores ({machine}), {minutes:.0f} minutes.
+  Python {python}, torch {torch}, transformers {transformers}.
+{scores}
+**Limits.** English, short questions in the wording of CMT-open, pictures of single things, charts and signs, seen at 224 pixels.
+It can't be relied on: see the scores. It has not been tested for bias or safety. It is there for research on how such models work.
+
+**Licence.** These weights: Apache-2.0, as the code. The base models, and the pictures that CMT-open is made of, have licences of
+their own, listed in `llava_collab/assets/packages.yaml`; none of them is contained here.
+"""
+
+
+def _card(name: str, run: Path, records: Path, table: str) -> str:
+    """What is told of a training: read from its folder and from the header of its records."""
     recipe = load_recipe(run / "recipe.yaml")
     log = [row for row in map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines()) if "seconds" in row]
     environment = read_run(records)["environment"]
-    return {
-        "recipe": recipe,
-        "steps": read_json(run / "finished.json")["step"],
-        "minutes": sum(row["seconds"] for row in log) / 60,
-        "samples": sum(row["samples"] for row in log),
-        "loss": sum(row["loss"] for row in log[-50:]) / len(log[-50:]),
-        "hardware": environment["hardware"],
-        "versions": environment["versions"],
-    }
-
-
-def _card(name: str, facts: dict[str, Any], table: list[str]) -> str:
-    recipe, hardware, versions = facts["recipe"], facts["hardware"], facts["versions"]
-    first = name == BASE
-    what = {
-        BASE: "Stage 1 of the released models: the projector, and adapters on the language model, trained to caption pictures. The other folders are "
-        "stored as differences from it; by itself it captions, and answers nothing.",
-        "hyperllava-smol": "HyperLLaVA (arXiv 2403.13447) at a size that trains on a CPU: both hypernetworks, and adapters on language model and projector.",
-        "llava-smol": "The static twin of hyperllava-smol (control C1): the same start, data, order and steps, without experts.",
-        "llava-smol-matched-lora": "The twin of hyperllava-smol with as many trained parameters in plain LoRA instead of experts (control C5).",
-    }[name]
-    stage = "smol-align-lora" if first else "smol-instruct-lora"
-    family = ", ".join(f"`{f}`" for file in recipe.data.files for f in file.families) or "all"
-    lines = [
-        "---", "license: apache-2.0", "library_name: llava_collab", "pipeline_tag: image-text-to-text", "language: en", "---", "",
-        f"# {name}", "", what, "",
-        "```python", "from llava_collab.models.build import load", "", f'model, processor = load("checkpoints/{name}")', "```", "",
-        f"- **Base**: {'the parts named in `base.json` (SmolLM2-135M-Instruct cut to 4 blocks and 8k tokens; EfficientNet-lite0 and DINOv2-S)' if first else f'`../{BASE}`'},"
-        " verified by sha256 when it is loaded. Run `llava-collab assets --bases smollm2-135m-l4-v8k efficientnet-lite0 dinov2-s` first.",
-        f"- **Data**: CMT-open, {facts['samples']:,} samples drawn from its training split (families: {family}); nothing else.",
-        f"- **Training**: `train/recipes/{stage}.yaml`, seed {recipe.run.seed}, {facts['steps']} steps of {recipe.run.batch_size}; loss over the last 50 steps "
-        f"{facts['loss']:.2f}; by `bash scripts/reproduce_release.sh`.",
-        f"- **Hardware and time**: {hardware['cpus']} CPU cores ({hardware['machine']}), one of them for this training, {facts['minutes']:.0f} minutes; "
-        f"Python {versions['python']}, torch {versions['torch']}, transformers {versions['transformers']}.",
-    ]  # fmt: skip
-    if table:
-        lines += [
-            "",
-            "Scores on the 7,000 decision items of CMT-open, mean of three seeds (this folder is seed 0), ± half of the 95 % interval:",
-            "",
-        ]
-        lines += table
-    lines += [
-        "",
-        "**Limits.** English, short questions in the wording of CMT-open, pictures of single things, charts and signs at 224 pixels. It can't be relied on: see the "
-        "scores. It has not been tested for bias or safety, and is meant for research on how such models work.",
-        "",
-        "**Licence.** These weights: Apache-2.0, as the code. The base models and the pictures behind CMT-open have licences of their own, listed in "
-        "`llava_collab/assets/packages.yaml`; none of them is contained here.",
-        "",
-    ]
-    return "\n".join(lines)
+    parts = "the parts named in `base.json` (SmolLM2-135M-Instruct cut to 4 blocks and 8k tokens, EfficientNet-lite0, DINOv2-S)"
+    families = [f"`{family}`" for file in recipe.data.files for family in file.families]
+    heading = "Scores on CMT-open's 7,000 decision items, mean of three seeds (this folder is seed 0), ± half of the 95 % interval:"
+    return CARD.format(
+        name=name,
+        what=WHAT[name],
+        base=parts if name == BASE else f"`../{BASE}`",
+        samples=sum(row["samples"] for row in log),
+        families=", ".join(families) or "all",
+        recipe=f"train/recipes/smol-{'align' if name == BASE else 'instruct'}-lora.yaml",
+        seed=recipe.run.seed,
+        steps=read_json(run / "finished.json")["step"],
+        batch=recipe.run.batch_size,
+        loss=sum(row["loss"] for row in log[-50:]) / len(log[-50:]),
+        minutes=sum(row["seconds"] for row in log) / 60,
+        **environment["hardware"],
+        **environment["versions"],
+        scores=f"\n{heading}\n\n{table}\n" if name != BASE else "",
+    )
 
 
 Job = Annotated[Tables, subcommand("tables")] | Annotated[Check, subcommand("check")] | Annotated[Cards, subcommand("cards")]

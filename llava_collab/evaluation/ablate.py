@@ -57,8 +57,8 @@ def ablate(
 ) -> str:
     """Run the conditions (resumably, a record folder each below `out`) and return the table; writes ablate.json, ablate.md, ablate.png.
 
-    `samples` are scored as `suite` says. `chosen`: only these conditions, and `own`. Raises ValueError for a model without a dynamic expert,
-    and for a condition that means nothing for it.
+    `samples` are scored as `suite` says. `chosen`: only these conditions, and `own`.
+    Raises ValueError for a model without a dynamic expert, and for a condition that means nothing for it.
     """
     experts = [e for e in (*model.network.model.multi_modal_projector.experts, model.network.model.language_expert) if e is not None]
     if not experts or any(expert.config.mode == "static" for expert in experts):

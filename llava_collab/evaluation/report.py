@@ -77,7 +77,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def pooled(label: str, runs: Sequence[Run]) -> Run:
-    """Several seeds as one run: a sample's score is the mean over the seeds, which stay in `seed_scores`; one that failed in any is an error."""
+    """Several seeds as one run: a sample's score is their mean (each stays in `seed_scores`); one that failed in any is an error."""
     by_id = [{row["sample_id"]: row for row in run.rows} for run in runs]
     rows = []
     for sample_id in by_id[0]:

@@ -1,7 +1,7 @@
 """Means with bootstrap intervals: items are resampled within their category, so that the macro-average keeps its seven equal shares.
 
-Where a model was trained with several seeds, seeds are resampled too, crossed with the items. A bootstrap over three seeds is rough: it takes
-their variance for two thirds of what it is.
+Where a model was trained with several seeds, seeds are resampled too, crossed with the items. A bootstrap over three seeds is rough: it
+takes their variance for two thirds of what it is.
 """
 
 from __future__ import annotations

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# The first release, from nothing: CMT-open, three seeds of HyperLLaVA and its controls, what was tried to make the codes matter, the ablation, the
+# checkpoints as small differences from their bases, their cards, and the README's tables.
+#   bash scripts/reproduce_release.sh            about five hours on two CPU cores; killed, it goes on from where it was
+#   bash scripts/reproduce_release.sh --check    minutes: the README's tables are those of the released records, cell by cell, and the released
+#                                                models give the recorded answers again (fp32 on the CPU, at least 98 % of the tokens)
+# Variables: OUT (runs/release), LANES (2 programs at once), RECORDS (docs/results/release) and CHECKPOINTS (checkpoints) to write to.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh
+OUT=${OUT:-runs/release} LANES=${LANES:-2} RECORDS=${RECORDS:-docs/results/release} CHECKPOINTS=${CHECKPOINTS:-checkpoints}
+build() { llava-collab data build cmt-open --val 0 --test-object 0 --test-template 0 "$@"; }
+
+llava-collab assets --bases smollm2-135m-l4-v8k efficientnet-lite0 dinov2-s
+case "${1:-}" in
+  "") ;;
+  --check)
+    build --out data/release-check --train 0 --test 0 --decision 70
+    exec python eval/release.py check --data-root data/release-check
+    ;;
+  *) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+esac
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / LANES))} OMP_WAIT_POLICY=PASSIVE
+build --out data/cmt-open --train 24000 --test 1149 --decision 7000
+
+sweep() { # TABLE [OPTIONS]
+  python eval/sweep.py "$@" --base train/recipes/smol-instruct-lora.yaml --out "$OUT" --split decision --dtype float32 --batch-size 32 \
+    --lanes "$LANES"
+}
+sweep controls --seeds 0 1 2
+sweep codes --seeds 0
+python eval/run.py --model majority --name majority --suite eval/suites/cmt-open.yaml --split decision --out "$OUT/majority/eval"
+
+ablate() { # ROW ITEMS A CATEGORY [OPTIONS]
+  llava-collab ablate "$OUT/$1/seed-0/model" --out "$OUT/$1/seed-0/codes" --split decision --items-per-category "$2" --feature-cache "${@:3}"
+}
+ablate hyperllava 100
+for row in expert-rate-1 attached last-prompt-token longer; do
+  ablate "$row" 100 --conditions shuffled-family shuffled-category mean
+done
+
+pack() { # FROM TO: an evaluation's header and records, compressed
+  mkdir -p "$2"
+  cp "$1/run.json" "$2/"
+  gzip -9nc "$1/records.jsonl" > "$2/records.jsonl.gz"
+  if [ -f "$1/losses.json" ]; then cp "$1/losses.json" "$2/"; fi
+}
+pack "$OUT/majority/eval" "$RECORDS/majority"
+for row in llava static-experts constant-guidance matched-lora hyperllava; do
+  for seed in 0 1 2; do pack "$OUT/$row/seed-$seed/eval" "$RECORDS/$row-$seed"; done
+done
+for row in hyperllava expert-rate-1 attached last-prompt-token longer; do
+  for condition in "$OUT/$row"/seed-0/codes/*/; do pack "$condition" "$RECORDS/codes/$row/$(basename "$condition")"; done
+  cp "$OUT/$row/seed-0/codes/variances.json" "$RECORDS/codes/$row/"
+done
+
+base=$CHECKPOINTS/llava-smol-align
+llava-collab delta "$OUT/align/seed-0" "$base" --licence apache-2.0
+llava-collab delta "$OUT/hyperllava/seed-0" "$CHECKPOINTS/hyperllava-smol" --base "$base" --licence apache-2.0
+llava-collab delta "$OUT/llava/seed-0" "$CHECKPOINTS/llava-smol" --base "$base" --licence apache-2.0
+llava-collab delta "$OUT/matched-lora/seed-0" "$CHECKPOINTS/llava-smol-matched-lora" --base "$base" --licence apache-2.0
+python eval/release.py cards --runs "$OUT" --records "$RECORDS" --checkpoints "$CHECKPOINTS"
+python eval/release.py tables --records "$RECORDS"

@@ -1,0 +1,88 @@
+"""The release's tables: computed from records alone, and the check that finds a cell that is not theirs."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from llava_collab.evaluation.ablate import LOSSES
+from llava_collab.evaluation.records import RECORDS, RecordError, open_run, write_rows
+from llava_collab.evaluation.report import CATEGORIES
+from llava_collab.files import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def release() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("release_program", ROOT / "eval" / "release.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def write(folder: Path, name: str, score: float, packed: bool = True) -> None:
+    """Three items of every category, all with one score."""
+    rows: list[dict[str, Any]] = [
+        {"sample_id": f"{category}-{i}", "category": category, "metric": "m", "references": ["x"], "scores": {}, "output": "x"}
+        | {"score": score, "status": "ok", "error": None, "seconds": 0.1, "usage": {"generated_tokens": 1, "flops": 1.0}}
+        for category in CATEGORIES
+        for i in range(3)
+    ]
+    open_run(folder, {"model": name, "items": {"all": len(rows)}}, {})
+    write_rows(folder, rows)
+    if packed:
+        (folder / f"{RECORDS}.gz").write_bytes(gzip.compress((folder / RECORDS).read_bytes()))
+        (folder / RECORDS).unlink()
+    write_json(folder / LOSSES, {row["sample_id"]: score / 100 for row in rows})
+
+
+@pytest.fixture
+def records(release: ModuleType, tmp_path: Path) -> Path:
+    folder = tmp_path / "records"
+    write(folder / "majority", "majority", 10)
+    for number, row in enumerate(name for name in release.ROWS if name != "majority"):
+        for seed in (0, 1):
+            write(folder / f"{row}-{seed}", row, 40 + 2 * number + seed)
+    for row in release.TRIED:
+        for condition, score in (("own", 50), ("mean", 47)):
+            write(folder / "codes" / row / condition, condition, score)
+        write_json(folder / "codes" / row / "variances.json", {})
+    return folder
+
+
+def test_tables_come_from_the_records(release: ModuleType, records: Path) -> None:
+    lines = release.tables(records).splitlines()
+    assert "| HyperLLaVA | " + " | ".join(["48.5 ± 0.5"] * 8) + " |" in lines
+    assert "| C1 static LLaVA | " + " | ".join(["40.5 ± 0.5"] * 8) + " |" in lines
+    all_seven = "; ".join(f"{release.SHORT.get(name, name)} +2.0 [+2.0, +2.0]" for name in CATEGORIES)
+    assert f"| C5 LoRA, as many parameters | +2.0 [+2.0, +2.0] | 0.0 | {all_seven} |" in lines  # seeds and items are paired
+    assert "| as released | the mean code of all samples | -0.0300 [-0.0300, -0.0300] | -3.0 [-3.0, -3.0] | 50.0 |" in lines
+
+
+def test_a_cell_that_is_not_the_records_is_found(
+    release: ModuleType, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(release, "ROOT", tmp_path)
+    monkeypatch.setattr(release, "MODELS", {"some": "llava"})
+    monkeypatch.setattr(release.Check, "_regenerate", lambda self, name, row: self.items / 100)
+    text = release.tables(records)
+    (tmp_path / "README.md").write_text(f"# Title\n\n{text}\n", encoding="utf-8")
+    assert release.Check(tmp_path, items=98, records=records).run() == 0
+    assert release.Check(tmp_path, items=97, records=records).run() == 1
+    (tmp_path / "README.md").write_text(text.replace("48.5", "48.6", 1), encoding="utf-8")
+    with pytest.raises(RecordError, match=r"lacks what the records give:\n\| HyperLLaVA \| 48\.5"):
+        release.Check(tmp_path, records=records).run()
+
+
+def test_the_readme_is_what_the_released_records_give(release: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(line in readme for line in release.tables(release.RECORDS).splitlines())
