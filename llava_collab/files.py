@@ -7,22 +7,36 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8) atomically: a reader, or a crash, sees the old file or the new one."""
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Replace `path` atomically: a reader, another writer, or a crash, sees the old file or the new one.
+
+    durable: it outlives a power cut too; without, a reader has to check what it finds.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(content)
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if durable:
+        sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of `text` in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -33,6 +47,15 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The JSON value in a file; json.JSONDecodeError or OSError where there is none."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def keyed(value: Any, where: str, keys: set[str] | None = None, error: type[Exception] = ValueError) -> dict[str, Any]:
+    """`value`, read from a file that people write, as a mapping with no other keys than `keys`; else `error` that names `where`."""
+    if not isinstance(value, dict):
+        raise error(f"{where}: expected keys and values, found {value!r}")
+    if keys and (unknown := set(value) - keys):
+        raise error(f"{where}: unknown key {sorted(unknown)}; there are {sorted(keys)}")
+    return value
 
 
 def sha256(path: Path) -> str:

@@ -226,7 +226,7 @@ def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("llava_collab.data.features.os.fsync", full)
+    monkeypatch.setattr("llava_collab.files.os.fsync", full)
     with pytest.raises(OSError, match="can't write features to .*No space left.*free some space"):
         cache.put(path, torch.ones(3, 4))
     assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []

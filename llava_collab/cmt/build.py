@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import multiprocessing
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from llava_collab.cmt.families import BY_NAME, CATEGORIES, Category
 from llava_collab.cmt.items import SIZE, Pool, Question, pool_of
 from llava_collab.cmt.sources import PACKAGES, World, read_world
 from llava_collab.cmt.splits import SPLITS, group_rng
+from llava_collab.files import write_bytes
 
 VERSION = "1.0"  # raise it whenever a change alters any item: finished parts of another version are not reused
 
@@ -95,18 +95,6 @@ def _sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _write_atomically(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Never leaves a half-written file under its final name. Pictures skip the flush: their size is checked when a build resumes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with partial_path.open("wb") as handle:
-        handle.write(data)
-        if sync:
-            handle.flush()
-            os.fsync(handle.fileno())
-    os.replace(partial_path, path)
-
-
 class _Part:
     """The finished groups of one category and split: an append-only JSONL file whose first line is the fingerprint."""
 
@@ -115,7 +103,7 @@ class _Part:
         self.groups: dict[int, list[dict[str, Any]]] = {}
         lines = self.path.read_text(encoding="utf8").splitlines() if self.path.exists() else []
         good = self._reuse(out, lines[1:]) if lines and lines[0] == json.dumps({"fingerprint": fingerprint}) else []
-        _write_atomically(self.path, "".join(line + "\n" for line in [json.dumps({"fingerprint": fingerprint}), *good]).encode())
+        write_bytes(self.path, "".join(line + "\n" for line in [json.dumps({"fingerprint": fingerprint}), *good]).encode())
         self.handle = self.path.open("a", encoding="utf8")
 
     def _reuse(self, out: Path, lines: list[str]) -> list[str]:
@@ -168,7 +156,7 @@ class _Maker:
             file = f"images/{split}/{category.slug}/{number:06d}-{index}.webp"
             buffer = io.BytesIO()
             image.save(buffer, "WEBP", quality=90, method=2)
-            _write_atomically(self.out / file, buffer.getvalue(), sync=False)
+            write_bytes(self.out / file, buffer.getvalue(), durable=False)  # a resumed build checks sizes
             files.append(file)
             sizes[file] = len(buffer.getvalue())
         rows = [_row(question, category, split, number * count + index, files) for index, question in enumerate(group.questions)]
@@ -229,7 +217,7 @@ def _interleaved(columns: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]
 def _write_split(out: Path, split: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     rows = list(rows)
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    _write_atomically(out / f"{split}.jsonl", data)
+    write_bytes(out / f"{split}.jsonl", data)
     return {
         "items": len(rows),
         "images": len({image for row in rows for image in row["image"]}),
@@ -254,10 +242,10 @@ def _write_manifest(out: Path, world: World, summary: dict[str, Any]) -> None:
         "splits": summary,
         "source_files": dict(sorted(world.files.items())),
     }
-    _write_atomically(out / "manifest.json", (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(out / "manifest.json", (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
     rows = [f"| {split} | {info['items']} | {info['images']} |" for split, info in summary.items()]
     licences = [f"- {package}: {licence}" for package, licence in PACKAGES.items()]
     card = ["# CMT-open", "", f"Generator {VERSION}; see `data/README.md` of the repository for what this set can and can not show.", ""]
     card += ["| split | items | images |", "| --- | ---: | ---: |", *rows, ""]
     card += ["Made from (the pictures inherit these licences):", "", *licences]
-    _write_atomically(out / "README.md", ("\n".join(card) + "\n").encode())
+    write_bytes(out / "README.md", ("\n".join(card) + "\n").encode())

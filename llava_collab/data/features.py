@@ -7,9 +7,7 @@ Shapes: N images, P image tokens, D width of the tower.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import uuid
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ from tqdm import tqdm
 
 from llava_collab.data.conversation import SampleError
 from llava_collab.data.images import load_image, resolve_image
+from llava_collab.files import write_bytes
 
 
 @dataclass
@@ -71,7 +70,11 @@ class FeatureCache:
         """Keeps features [P,D] of the picture as bf16. Raises `OSError` naming the folder where they can't be written (disk full)."""
         file = self._file(self.key(path))
         features_PD = tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        _write_atomically(file, save({"features": features_PD}, metadata={"crc32": _crc32(features_PD)}))
+        try:
+            write_bytes(file, save({"features": features_PD}, metadata={"crc32": _crc32(features_PD)}))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(error.errno, f"can't write features to {file.parent} ({reason}); free some space or move the cache") from error
 
     def fill(self, paths: Iterable[Path | str], extract: Callable[[list[Image.Image]], torch.Tensor], batch_size: int) -> FillReport:
         """Computes what is missing; started again it goes on where it stopped. `extract`: N pictures -> [N,P,D].
@@ -114,19 +117,3 @@ class FeatureCache:
 
 def _crc32(tensor: torch.Tensor) -> str:
     return f"{zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().tobytes()):08x}"
-
-
-def _write_atomically(file: Path, content: bytes) -> None:
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(error.errno, f"can't write features to {file.parent} ({reason}); free some space or move the cache") from error
-    finally:
-        temporary.unlink(missing_ok=True)

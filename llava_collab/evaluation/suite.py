@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from llava_collab.data.real import REAL_SETS, read_real
 from llava_collab.data.samples import Sample, read_samples
 from llava_collab.evaluation.metrics import Context, Scorer
+from llava_collab.files import keyed
 
 
 class SuiteError(ValueError):
     """A suite file that says something else than suites can say; the message names file, key and what is allowed."""
+
+
+_keyed = partial(keyed, error=SuiteError)
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,15 @@ def load_suite(path: Path) -> Suite:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise SuiteError(f"{path}: can't be read ({error})") from error
-    raw = _mapping(raw, f"{path}", {"name", "root", "files", "sets", "categories"})
+    raw = _keyed(raw, f"{path}", {"name", "root", "files", "sets", "categories"})
     if bool(raw.get("files")) == bool(raw.get("sets")):
         raise SuiteError(f"{path}: has to name either `files` (split -> JSONL) or `sets` (names of real sets)")
     for split in ("train", "test"):
         if raw.get("files") and split not in raw["files"]:
             raise SuiteError(f"{path}: `files` lacks {split!r} (the training file gives caption frequencies and the majority baseline)")
     categories = {}
-    for category, spec in _mapping(raw.get("categories"), f"{path}, categories").items():
-        spec = _mapping(spec, f"{path}, {category}", {"metric", "max_new_tokens", "families"})
+    for category, spec in _keyed(raw.get("categories"), f"{path}, categories").items():
+        spec = _keyed(spec, f"{path}, {category}", {"metric", "max_new_tokens", "families"})
         try:
             categories[category] = CategorySpec(str(spec["metric"]), int(spec["max_new_tokens"]), dict(spec.get("families") or {}))
         except KeyError as error:
@@ -93,12 +97,3 @@ def load_suite(path: Path) -> Suite:
     suite = Suite(str(raw["name"]), Path(raw["root"]) if raw.get("root") else None, dict(raw.get("files") or {}), sets, categories)
     suite.scorer([], [])  # checks the metric names
     return suite
-
-
-def _mapping(value: Any, where: str, keys: set[str] | None = None) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise SuiteError(f"{where}: expected keys and values, found {value!r}")
-    unknown = set(value) - keys if keys else set()
-    if unknown:
-        raise SuiteError(f"{where}: unknown key {sorted(unknown)}; there are {sorted(keys or ())}")
-    return value

@@ -94,10 +94,10 @@ def parameter_groups(trainable: Named, optim: OptimRecipe) -> list[dict[str, Any
     groups: list[dict[str, Any]] = []
     for component, names in by_component(trainable).items():
         peak = optim.lr
+        if component in ("projector", "visual_expert") and optim.mm_projector_lr is not None:
+            peak = optim.mm_projector_lr
         if component in EXPERTS:
             peak *= optim.expert_lr_multiplier
-        elif component == "projector" and optim.mm_projector_lr is not None:
-            peak = optim.mm_projector_lr
         for decay in (True, False):
             chosen = [name for name in names if (trainable[name].ndim >= 2 and not name.endswith("bias")) == decay]
             if chosen:

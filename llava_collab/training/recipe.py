@@ -111,9 +111,9 @@ class OptimRecipe:
     lr: float = 2e-5
     """Peak learning rate."""
     mm_projector_lr: float | None = None
-    """Peak learning rate of the projector, where it differs."""
+    """Peak learning rate of the projector, where it differs. A step moves a unit by up to this times the width of what it reads."""
     expert_lr_multiplier: float = 1.0
-    """The hypernetworks learn at lr times this."""
+    """The hypernetworks learn at this times the rate of what they stand in: the projector's, the language model's."""
     weight_decay: float = 0.0
     """AdamW's decay, on matrices only (biases and norms never decay)."""
     betas: tuple[float, float] = (0.9, 0.999)

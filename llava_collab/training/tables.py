@@ -10,15 +10,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from llava_collab.files import keyed
 from llava_collab.models.blueprint import configuration
 from llava_collab.models.build import ModelSpec
 from llava_collab.training.recipe import Recipe, RecipeError
 from llava_collab.training.recipe_file import load_recipe, parse_command
+
+_keyed = partial(keyed, error=RecipeError)
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,8 @@ def load_tables(path: Path) -> dict[str, PaperTable]:
     except (OSError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: can't be read ({error})") from error
     keys = {"title", "note", "columns", "baseline", "rows"}
-    sections = _mapping(raw, str(path))
-    return {name: _table(name, _mapping(value, f"{path}: {name}", keys), f"{path}: {name}") for name, value in sections.items()}
+    sections = _keyed(raw, str(path))
+    return {name: _table(name, _keyed(value, f"{path}: {name}", keys), f"{path}: {name}") for name, value in sections.items()}
 
 
 def earlier_stages(recipes: Path) -> dict[str, ModelSpec]:
@@ -156,28 +160,19 @@ def _flag(key: str, value: Any) -> list[str]:
 
 def _table(name: str, raw: dict[str, Any], where: str) -> PaperTable:
     columns = tuple(raw.get("columns") or ())
-    rows = tuple(_row(row, value, columns, f"{where}: {row}") for row, value in _mapping(raw.get("rows"), f"{where}: rows").items())
+    rows = tuple(_row(row, value, columns, f"{where}: {row}") for row, value in _keyed(raw.get("rows"), f"{where}: rows").items())
     table = PaperTable(name, str(raw.get("title")), str(raw.get("note", "")), columns, str(raw.get("baseline")), rows)
     table.row(table.baseline)
     return table
 
 
 def _row(name: str, value: Any, columns: tuple[str, ...], where: str) -> TableRow:
-    raw = _mapping(value, where, {"paper", "numbers", "set", "also", "note"})
+    raw = _keyed(value, where, {"paper", "numbers", "set", "also", "note"})
     numbers = raw.get("numbers")
     if numbers is not None and len(numbers) != len(columns):
         raise RecipeError(f"{where}: {len(numbers)} numbers for {len(columns)} columns")
     note = str(raw.get("note", ""))
     if "set" not in raw and not note:
         raise RecipeError(f"{where}: without `set` it can't be run; say in `note` why, or write `set: {{}}` for the base recipe as it is")
-    overrides = _mapping(raw["set"], f"{where}: set") if "set" in raw else None
+    overrides = _keyed(raw["set"], f"{where}: set") if "set" in raw else None
     return TableRow(name, str(raw.get("paper", name)), None if numbers is None else tuple(numbers), overrides, raw.get("also", {}), note)
-
-
-def _mapping(value: Any, where: str, keys: set[str] | None = None) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RecipeError(f"{where}: expected keys and values, found {value!r}")
-    unknown = set(value) - keys if keys else set()
-    if unknown:
-        raise RecipeError(f"{where}: unknown key {sorted(unknown)}; there are {sorted(keys or ())}")
-    return value
