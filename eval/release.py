@@ -44,7 +44,7 @@ ROWS = {
 OURS = "hyperllava"
 TRIED = {
     OURS: "as released",
-    "expert-rate-1": "experts at 3.3 times the rate",
+    "expert-rate-4": "experts at four times the rate",
     "attached": "attached guidance",
     "last-prompt-token": "guidance of the last prompt token",
     "longer": "three times as many steps",

@@ -36,7 +36,7 @@ ablate() { # ROW ITEMS A CATEGORY [OPTIONS]
   llava-collab ablate "$OUT/$1/seed-0/model" --out "$OUT/$1/seed-0/codes" --split decision --items-per-category "$2" --feature-cache "${@:3}"
 }
 ablate hyperllava 100
-for row in expert-rate-1 attached last-prompt-token longer; do
+for row in expert-rate-4 attached last-prompt-token longer; do
   ablate "$row" 100 --conditions shuffled-family shuffled-category mean
 done
 
@@ -50,7 +50,7 @@ pack "$OUT/majority/eval" "$RECORDS/majority"
 for row in llava static-experts constant-guidance matched-lora hyperllava; do
   for seed in 0 1 2; do pack "$OUT/$row/seed-$seed/eval" "$RECORDS/$row-$seed"; done
 done
-for row in hyperllava expert-rate-1 attached last-prompt-token longer; do
+for row in hyperllava expert-rate-4 attached last-prompt-token longer; do
   for condition in "$OUT/$row"/seed-0/codes/*/; do pack "$condition" "$RECORDS/codes/$row/$(basename "$condition")"; done
   cp "$OUT/$row/seed-0/codes/variances.json" "$RECORDS/codes/$row/"
 done

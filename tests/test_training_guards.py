@@ -94,4 +94,13 @@ def test_an_expert_that_drowns_the_model_is_told_once_until_it_falls() -> None:
     health = ExpertHealth(nn.Module())
     loud, quiet = {"language_expert": {"output_ratio": 1.5}}, {"language_expert": {"output_ratio": 0.5}}
     assert [len(health.alarms(figures)) for figures in (quiet, loud, loud, quiet, loud)] == [0, 1, 0, 0, 1]
-    assert "1.50 times" in ExpertHealth(nn.Module()).alarms(loud)[0]
+    assert "1.5 times" in ExpertHealth(nn.Module()).alarms(loud)[0]
+
+
+def test_an_expert_that_died_is_told_but_not_one_that_has_not_begun() -> None:
+    health = ExpertHealth(nn.Module())
+    none, some = {"visual_expert": {"output_ratio": 0.0}}, {"visual_expert": {"output_ratio": 0.02}}
+    assert [len(health.alarms(figures)) for figures in (none, some, none, none)] == [0, 0, 1, 0]
+    health = ExpertHealth(nn.Module())
+    health.alarms(some)
+    assert "learn no more. Lower optim.visual_expert_lr" in health.alarms(none)[0]

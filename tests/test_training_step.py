@@ -94,6 +94,10 @@ def test_groups_hold_every_parameter_once_at_its_rate() -> None:
     assert sorted(name for group in groups for name in group["names"]) == sorted(trainable)
     peaks = {group["component"]: group["peak_lr"] for group in groups}
     assert peaks == pytest.approx({"projector": 1e-5, "visual_expert": 5e-4, "llm": 1e-4, "language_expert": 5e-4})
+    apart = parameter_groups(trainable, OptimRecipe(lr=1e-4, visual_expert_lr=3e-6, expert_lr_multiplier=5))
+    assert {group["component"]: group["peak_lr"] for group in apart} == pytest.approx(
+        {"projector": 1e-4, "visual_expert": 3e-6, "llm": 1e-4, "language_expert": 5e-4}
+    )
     for group in groups:
         decays = {p.ndim >= 2 and not n.endswith("bias") for n, p in zip(group["names"], group["params"], strict=True)}
         assert decays == {group["weight_decay"] > 0}

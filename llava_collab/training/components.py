@@ -94,9 +94,11 @@ def parameter_groups(trainable: Named, optim: OptimRecipe) -> list[dict[str, Any
     groups: list[dict[str, Any]] = []
     for component, names in by_component(trainable).items():
         peak = optim.lr
-        if component in ("projector", "visual_expert") and optim.mm_projector_lr is not None:
+        if component == "projector" and optim.mm_projector_lr is not None:
             peak = optim.mm_projector_lr
-        if component in EXPERTS:
+        elif component == "visual_expert" and optim.visual_expert_lr is not None:
+            peak = optim.visual_expert_lr
+        elif component in EXPERTS:
             peak *= optim.expert_lr_multiplier
         for decay in (True, False):
             chosen = [name for name in names if (trainable[name].ndim >= 2 and not name.endswith("bias")) == decay]

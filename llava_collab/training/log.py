@@ -13,6 +13,7 @@ from tqdm import tqdm
 from llava_collab.files import write_text
 
 RATIO_ALARM = 1.0
+ALIVE = 0.003  # output ratio that says an expert has taken part
 
 
 class RunLog:
@@ -74,7 +75,8 @@ class ExpertHealth:
     def __init__(self, model: nn.Module) -> None:
         found = {name.rpartition(".")[2]: module for name, module in model.named_modules() if hasattr(module, "statistics")}
         self._experts: dict[str, Any] = {name: module for name, module in found.items() if hasattr(module, "monitor")}
-        self._loud: set[str] = set()
+        self._alive: set[str] = set()
+        self._told: set[str] = set()
 
     def watch(self, on: bool) -> None:
         """Have the next forward passes keep the figures, or not."""
@@ -86,12 +88,16 @@ class ExpertHealth:
         return {name: expert.statistics() for name, expert in self._experts.items()}
 
     def alarms(self, figures: dict[str, dict[str, float]]) -> list[str]:
-        """Warnings for experts whose output has become larger than that of the layer they are added to (told once, until it falls)."""
-        loud = {name: values["output_ratio"] for name, values in figures.items() if values.get("output_ratio", 0.0) > RATIO_ALARM}
-        new, self._loud = loud.keys() - self._loud, set(loud)
+        """Warnings for experts that put out more than the layer they are added to, or nothing any more (told once, until it changes)."""
+        ratios = {name: values["output_ratio"] for name, values in figures.items() if "output_ratio" in values}
+        self._alive |= {name for name, ratio in ratios.items() if ratio > ALIVE}
+        loud = {name for name, ratio in ratios.items() if ratio > RATIO_ALARM}
+        dead = {name for name, ratio in ratios.items() if ratio < ALIVE / 10} & self._alive  # at the start all put out nothing
+        new, self._told = (loud | dead) - self._told, loud | dead
+        cure = {name: "optim.visual_expert_lr" if name.startswith("visual") else "optim.expert_lr_multiplier" for name in new}
         return [
-            f"ALARM: {name} puts out {loud[name]:.2f} times what the layer beside it does; it drowns the pretrained model. "
-            "Lower optim.expert_lr_multiplier or set optim.expert_clip_norm."
+            f"ALARM: {name} puts out {ratios[name]:.2g} times what the layer beside it does; "
+            f"{'it drowns the pretrained model' if name in loud else 'its units are saturated and learn no more'}. Lower {cure[name]}."
             for name in sorted(new)
         ]
 

@@ -113,7 +113,9 @@ class OptimRecipe:
     mm_projector_lr: float | None = None
     """Peak learning rate of the projector, where it differs. A step moves a unit by up to this times the width of what it reads."""
     expert_lr_multiplier: float = 1.0
-    """The hypernetworks learn at this times the rate of what they stand in: the projector's, the language model's."""
+    """The hypernetworks learn at lr times this."""
+    visual_expert_lr: float | None = None
+    """Peak learning rate of the visual expert, where it differs. Its inputs are often the widest: at too high a rate its units saturate and die."""
     weight_decay: float = 0.0
     """AdamW's decay, on matrices only (biases and norms never decay)."""
     betas: tuple[float, float] = (0.9, 0.999)
