@@ -32,7 +32,8 @@ RECORDS = ROOT / "docs" / "results" / "release"
 SUITE = ROOT / "eval" / "suites" / "cmt-open.yaml"
 MODELS = {"hyperllava-smol": "hyperllava", "llava-smol": "llava", "llava-smol-matched-lora": "matched-lora"}
 """Released folder -> row of the table; all of seed 0."""
-BASE = "llava-smol-align"
+STAGES = {"llava-smol-align": "align", "llava-smol-start": "start"}
+"""What they stand on, in order: released folder -> run."""
 ROWS = {
     "majority": "most frequent training answer",
     "llava": "C1 static LLaVA",
@@ -127,8 +128,8 @@ class Cards:
 
     def run(self) -> int:
         table = scores(_pools(self.records))
-        for name, row in {BASE: "align", **MODELS}.items():
-            card = _card(name, self.runs / row / "seed-0", self.records / f"{MODELS.get(name, OURS)}-0", table)
+        for name, run in (STAGES | {name: f"{row}/seed-0" for name, row in MODELS.items()}).items():
+            card = _card(name, self.runs / run, self.records / f"{MODELS.get(name, OURS)}-0", table)
             write_text(self.checkpoints / name / "README.md", card)
             print(f"wrote {self.checkpoints / name / 'README.md'}")
         return 0
@@ -194,8 +195,10 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 WHAT = {
-    BASE: "Stage 1 of the released models: the projector, and adapters on the language model, trained to caption pictures. The others"
-    " are stored as differences from it; by itself it captions and answers nothing.",
+    "llava-smol-align": "Stage 1 of the released models: the projector, and adapters on the language model, trained to caption pictures."
+    " The next is stored as its difference from it; by itself it captions and answers nothing.",
+    "llava-smol-start": "The first part of instruction tuning, without experts: what the released models start from, and are stored as"
+    " differences from.",
     "hyperllava-smol": "HyperLLaVA (arXiv 2403.13447) at a size that trains on a CPU: both hypernetworks, and adapters on language model"
     " and projector.",
     "llava-smol": "The static twin of hyperllava-smol (control C1): the same start, data, order and steps, without experts.",
@@ -225,7 +228,7 @@ model, processor = load("checkpoints/{name}")
 - **Data**: CMT-open, {samples:,} samples drawn from its training split (question families: {families}), and nothing else.
 - **Training**: `{recipe}`, seed {seed}, {steps} steps of {batch}, loss over the last 50 steps {loss:.2f};
   by `bash scripts/reproduce_release.sh`.
-- **Hardware and time**: one of {cpus} CPU cores ({machine}), {minutes:.0f} minutes.
+- **Hardware and time**: {cpus} CPU cores ({machine}) or one of them, {minutes:.0f} minutes.
   Python {python}, torch {torch}, transformers {transformers}.
 {scores}
 **Limits.** English, short questions in the wording of CMT-open, pictures of single things, charts and signs, seen at 224 pixels.
@@ -241,16 +244,17 @@ def _card(name: str, run: Path, records: Path, table: str) -> str:
     recipe = load_recipe(run / "recipe.yaml")
     log = [row for row in map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines()) if "seconds" in row]
     environment = read_run(records)["environment"]
+    stage = list(STAGES).index(name) if name in STAGES else 2
     parts = "the parts named in `base.json` (SmolLM2-135M-Instruct cut to 4 blocks and 8k tokens, EfficientNet-lite0, DINOv2-S)"
     families = [f"`{family}`" for file in recipe.data.files for family in file.families]
     heading = "Scores on CMT-open's 7,000 decision items, mean of three seeds (this folder is seed 0), ± half of the 95 % interval:"
     return CARD.format(
         name=name,
         what=WHAT[name],
-        base=parts if name == BASE else f"`../{BASE}`",
+        base=parts if stage == 0 else f"`../{list(STAGES)[min(stage, 2) - 1]}`",
         samples=sum(row["samples"] for row in log),
         families=", ".join(families) or "all",
-        recipe=f"train/recipes/smol-{'align' if name == BASE else 'instruct'}-lora.yaml",
+        recipe=f"train/recipes/smol-{('align', 'instruct', 'experts')[stage]}-lora.yaml",
         seed=recipe.run.seed,
         steps=read_json(run / "finished.json")["step"],
         batch=recipe.run.batch_size,
@@ -258,7 +262,7 @@ def _card(name: str, run: Path, records: Path, table: str) -> str:
         minutes=sum(row["seconds"] for row in log) / 60,
         **environment["hardware"],
         **environment["versions"],
-        scores=f"\n{heading}\n\n{table}\n" if name != BASE else "",
+        scores=f"\n{heading}\n\n{table}\n" if stage == 2 else "",
     )
 
 

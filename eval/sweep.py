@@ -43,6 +43,9 @@ class Args:
     base: Path = Path("train/recipes/smol-instruct.yaml")
     """Recipe that the rows are changes of. Its stage 1 is the recipe beside it that writes its model.init_from."""
 
+    start: Path | None = None
+    """Model folder that every row and seed starts from, in place of a stage 1 of its own."""
+
     rows: tuple[str, ...] = ()
     """Only these rows (default: all that can be run); the baseline is always among them."""
 
@@ -125,7 +128,7 @@ def plan(args: Args) -> Sweep:
 
 def _add(sweep: Sweep, args: Args, row: TableRow, seed: int) -> None:
     needs = None
-    for training in trainings(row, args.base, sweep.out, seed):
+    for training in trainings(row, args.base, sweep.out, seed, args.start):
         name = str(training.folder.relative_to(sweep.out))
         command = (sys.executable, str(ROOT / "train" / "train.py"), *training.command)
         refuse_other_recipe(training.folder, training.recipe)  # now, not when its turn comes

@@ -24,9 +24,11 @@ esac
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / LANES))} OMP_WAIT_POLICY=PASSIVE
 build --out data/cmt-open --train 24000 --test 1149 --decision 7000
 
+python train/train.py train/recipes/smol-align-lora.yaml --run.out "$OUT/align"
+torchrun --nproc-per-node "$LANES" train/train.py train/recipes/smol-instruct-lora.yaml --run.out "$OUT/start" --model.init-from "$OUT/align/model"
 sweep() { # TABLE [OPTIONS]
-  python eval/sweep.py "$@" --base train/recipes/smol-instruct-lora.yaml --out "$OUT" --split decision --dtype float32 --batch-size 32 \
-    --lanes "$LANES"
+  python eval/sweep.py "$@" --base train/recipes/smol-experts-lora.yaml --start "$OUT/start/model" --out "$OUT" --lanes "$LANES" \
+    --split decision --dtype float32 --batch-size 32
 }
 sweep controls --seeds 0 1 2
 sweep codes --seeds 0
@@ -55,10 +57,11 @@ for row in hyperllava expert-rate-4 attached last-prompt-token longer; do
   cp "$OUT/$row/seed-0/codes/variances.json" "$RECORDS/codes/$row/"
 done
 
-base=$CHECKPOINTS/llava-smol-align
-llava-collab delta "$OUT/align/seed-0" "$base" --licence apache-2.0
-llava-collab delta "$OUT/hyperllava/seed-0" "$CHECKPOINTS/hyperllava-smol" --base "$base" --licence apache-2.0
-llava-collab delta "$OUT/llava/seed-0" "$CHECKPOINTS/llava-smol" --base "$base" --licence apache-2.0
-llava-collab delta "$OUT/matched-lora/seed-0" "$CHECKPOINTS/llava-smol-matched-lora" --base "$base" --licence apache-2.0
+delta() { llava-collab delta "$OUT/$1" "$CHECKPOINTS/$2" --licence apache-2.0 "${@:3}"; }
+delta align llava-smol-align
+delta start llava-smol-start --base "$CHECKPOINTS/llava-smol-align"
+delta hyperllava/seed-0 hyperllava-smol --base "$CHECKPOINTS/llava-smol-start"
+delta llava/seed-0 llava-smol --base "$CHECKPOINTS/llava-smol-start"
+delta matched-lora/seed-0 llava-smol-matched-lora --base "$CHECKPOINTS/llava-smol-start"
 python eval/release.py cards --runs "$OUT" --records "$RECORDS" --checkpoints "$CHECKPOINTS"
 python eval/release.py tables --records "$RECORDS"

@@ -115,7 +115,7 @@ class OptimRecipe:
     expert_lr_multiplier: float = 1.0
     """The hypernetworks learn at lr times this."""
     visual_expert_lr: float | None = None
-    """Peak learning rate of the visual expert, where it differs. Its inputs are often the widest: at too high a rate its units saturate and die."""
+    """Peak learning rate of the visual expert, where it differs: its inputs are often the widest, and at too high a rate it dies."""
     weight_decay: float = 0.0
     """AdamW's decay, on matrices only (biases and norms never decay)."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -106,14 +106,17 @@ def earlier_stage(recipe: Recipe, recipes: Path) -> Path | None:
     return next((path for path, other in _recipes(recipes) if recipe.model.init_from == f"{other.run.out}/model"), None)
 
 
-def trainings(row: TableRow, base: Path, out: Path, seed: int = 0) -> list[Training]:
+def trainings(row: TableRow, base: Path, out: Path, seed: int = 0, start: Path | None = None) -> list[Training]:
     """The one or two trainings of a row on a base recipe, in order, in folders below `out`.
 
     Stage 1 is the recipe beside `base` that writes its `model.init_from`. What the row changes of the visual expert changes there
-    too, if that recipe has one. Rows and tables that agree on a stage 1 share its folder. Raises RecipeError for a row that can't be
-    run or whose model would keep an expert that the row leaves out; SystemExit (by the command line's parser) for unknown keys.
+    too, if that recipe has one. Rows and tables that agree on a stage 1 share its folder. `start`: a model that is there already, in place
+    of a stage 1. Raises RecipeError for a row that can't be run or whose model would keep an expert that the row leaves out; SystemExit
+    (by the command line's parser) for unknown keys.
     """
     command = [str(base), "--run.out", str(out / row.name / f"seed-{seed}"), "--run.seed", str(seed), *row.flags(base)]
+    if start is not None:
+        return [_training([*command, "--model.init-from", str(start)])]
     first = earlier_stage(load_recipe(base), base.parent)
     done: list[Training] = []
     if first is not None:
