@@ -100,7 +100,7 @@ class Check:
 
         suite = load_suite(SUITE)
         recorded = {r["sample_id"]: r["output"] for r in report.read_runs([self.records / f"{row}-0"])[0].rows}
-        samples = [sample for sample in suite.read("decision", self.data_root) if int(sample.id.rsplit("-", 1)[1]) <= self.items]
+        samples = [sample for sample in suite.read("decision", self.data_root) if int(sample.id.rsplit("-", 1)[1]) < self.items]
         network, processor = load(self.checkpoints / name, dtype=torch.float32)
         cache_features(network, processor, [image for sample in samples for image in sample.images], 16)  # as the records were made
         model = Single(network, processor, name)

@@ -112,6 +112,15 @@ def test_a_row_is_a_command_line(place: dict[str, Any]) -> None:
     assert last.model.visual_expert == {"layers": "both"} and not last.tune.visual_expert
 
 
+def test_a_given_start_takes_the_place_of_stage_1(place: dict[str, Any]) -> None:
+    row = load_tables(place["tables"])["toy"].row("ours")
+    assert len(trainings(row, place["base"], place["out"])) == 2
+    for part in build(ModelSpec()):
+        part.save_pretrained(place["out"] / "start")
+    (only,) = trainings(row, place["base"], place["out"], seed=3, start=place["out"] / "start")
+    assert (only.recipe.model.init_from, only.recipe.run.seed) == (str(place["out"] / "start"), 3)
+
+
 def test_stage_1_is_shared_by_rows_that_agree_on_it() -> None:
     tables, base = load_tables(ROOT / "train" / "tables.yaml"), RECIPES / "vicuna-7b-instruct.yaml"
     first = {row.name: trainings(row, base, Path("runs/x"))[0] for row in tables["main"].rows}
