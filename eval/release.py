@@ -2,7 +2,8 @@
 
     python eval/release.py tables                    print the tables, computed from docs/results/release
     python eval/release.py check --data-root DIR     they stand in README.md, cell by cell; the released models answer as recorded
-    python eval/release.py cards --runs DIR          write the model cards (after training: scripts/reproduce_release.sh)
+    python eval/release.py pack --runs DIR           copy the records of a training (scripts/reproduce_release.sh) to docs/results/release
+    python eval/release.py cards --runs DIR          write the model cards
 
 `check` needs CMT-open with a `decision` split of any size: item i is the same whatever was asked for.
 """
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +22,8 @@ import tyro
 from tyro.conf import subcommand
 
 from llava_collab.evaluation import report
-from llava_collab.evaluation.ablate import CONDITIONS, read_ablation
-from llava_collab.evaluation.records import RecordError, read_run
+from llava_collab.evaluation.ablate import CONDITIONS, VARIANCES, read_ablation
+from llava_collab.evaluation.records import RecordError, pack, read_run
 from llava_collab.evaluation.statistics import MACRO, Interval
 from llava_collab.evaluation.suite import load_suite
 from llava_collab.files import read_json, write_text
@@ -113,6 +115,29 @@ class Check:
             same += answer.text == recorded[sample.id]
         print(f"{name}: {equal} of {total} tokens equal ({equal / total:.2%}), {same} of {len(samples)} answers")
         return equal / total
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Copy the records of a finished sweep and of its ablations into the tree, compressed."""
+
+    runs: Path
+    """Folder of the sweep."""
+    records: Path = RECORDS
+    """Folder to write."""
+
+    def run(self) -> int:
+        pack(self.runs / "majority" / "eval", self.records / "majority")
+        for row in [row for row in ROWS if row != "majority"]:
+            for folder in sorted((self.runs / row).glob("seed-*")):
+                pack(folder / "eval", self.records / f"{row}-{folder.name.removeprefix('seed-')}")
+        for row in TRIED:
+            codes = self.runs / row / "seed-0" / "codes"
+            for condition in [name for name in CONDITIONS if (codes / name).is_dir()]:
+                pack(codes / condition, self.records / "codes" / row / condition)
+            shutil.copy(codes / VARIANCES, self.records / "codes" / row / VARIANCES)
+        print(f"{self.records}: {sum(file.stat().st_size for file in self.records.rglob('*') if file.is_file()) / 1e6:.1f} MB")
+        return 0
 
 
 @dataclass(frozen=True)
@@ -266,7 +291,12 @@ def _card(name: str, run: Path, records: Path, table: str) -> str:
     )
 
 
-Job = Annotated[Tables, subcommand("tables")] | Annotated[Check, subcommand("check")] | Annotated[Cards, subcommand("cards")]
+Job = (
+    Annotated[Tables, subcommand("tables")]
+    | Annotated[Check, subcommand("check")]
+    | Annotated[Pack, subcommand("pack")]
+    | Annotated[Cards, subcommand("cards")]
+)
 
 if __name__ == "__main__":
     try:

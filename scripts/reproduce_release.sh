@@ -42,20 +42,7 @@ for row in expert-rate-4 attached last-prompt-token longer; do
   ablate "$row" 100 --conditions shuffled-family shuffled-category mean
 done
 
-pack() { # FROM TO: an evaluation's header and records, compressed
-  mkdir -p "$2"
-  cp "$1/run.json" "$2/"
-  gzip -9nc "$1/records.jsonl" > "$2/records.jsonl.gz"
-  if [ -f "$1/losses.json" ]; then cp "$1/losses.json" "$2/"; fi
-}
-pack "$OUT/majority/eval" "$RECORDS/majority"
-for row in llava static-experts constant-guidance matched-lora hyperllava; do
-  for seed in 0 1 2; do pack "$OUT/$row/seed-$seed/eval" "$RECORDS/$row-$seed"; done
-done
-for row in hyperllava expert-rate-4 attached last-prompt-token longer; do
-  for condition in "$OUT/$row"/seed-0/codes/*/; do pack "$condition" "$RECORDS/codes/$row/$(basename "$condition")"; done
-  cp "$OUT/$row/seed-0/codes/variances.json" "$RECORDS/codes/$row/"
-done
+python eval/release.py pack --runs "$OUT" --records "$RECORDS"
 
 delta() { llava-collab delta "$OUT/$1" "$CHECKPOINTS/$2" --licence apache-2.0 "${@:3}"; }
 delta align llava-smol-align

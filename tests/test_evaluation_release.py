@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 import sys
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from llava_collab.evaluation.ablate import LOSSES
-from llava_collab.evaluation.records import RECORDS, RecordError, open_run, write_rows
+from llava_collab.evaluation.ablate import VARIANCES
+from llava_collab.evaluation.records import LOSSES, RECORDS, RecordError, open_run, read_rows, write_rows
 from llava_collab.evaluation.report import CATEGORIES
 from llava_collab.files import write_json
 
@@ -29,7 +28,7 @@ def release() -> ModuleType:
     return module
 
 
-def write(folder: Path, name: str, score: float, packed: bool = True) -> None:
+def write(folder: Path, name: str, score: float) -> None:
     """Three items of every category, all with one score."""
     rows: list[dict[str, Any]] = [
         {"sample_id": f"{category}-{i}", "category": category, "metric": "m", "references": ["x"], "scores": {}, "output": "x"}
@@ -39,24 +38,24 @@ def write(folder: Path, name: str, score: float, packed: bool = True) -> None:
     ]
     open_run(folder, {"model": name, "items": {"all": len(rows)}}, {})
     write_rows(folder, rows)
-    if packed:
-        (folder / f"{RECORDS}.gz").write_bytes(gzip.compress((folder / RECORDS).read_bytes()))
-        (folder / RECORDS).unlink()
-    write_json(folder / LOSSES, {row["sample_id"]: score / 100 for row in rows})
 
 
 @pytest.fixture
 def records(release: ModuleType, tmp_path: Path) -> Path:
-    folder = tmp_path / "records"
-    write(folder / "majority", "majority", 10)
+    runs = tmp_path / "runs"
+    write(runs / "majority" / "eval", "majority", 10)
     for number, row in enumerate(name for name in release.ROWS if name != "majority"):
         for seed in (0, 1):
-            write(folder / f"{row}-{seed}", row, 40 + 2 * number + seed)
+            write(runs / row / f"seed-{seed}" / "eval", row, 40 + 2 * number + seed)
     for row in release.TRIED:
+        codes = runs / row / "seed-0" / "codes"
         for condition, score in (("own", 50), ("mean", 47)):
-            write(folder / "codes" / row / condition, condition, score)
-        write_json(folder / "codes" / row / "variances.json", {})
-    return folder
+            write(codes / condition, condition, score)
+            write_json(codes / condition / LOSSES, {row["sample_id"]: score / 100 for row in read_rows(codes / condition)})
+        write_json(codes / VARIANCES, {})
+    assert release.Pack(runs, tmp_path / "records").run() == 0
+    assert not list((tmp_path / "records").rglob(RECORDS))  # all of them compressed
+    return tmp_path / "records"
 
 
 def test_tables_come_from_the_records(release: ModuleType, records: Path) -> None:

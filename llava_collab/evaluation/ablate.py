@@ -22,7 +22,7 @@ from llava_collab.evaluation import report
 from llava_collab.evaluation.codes import Codes, Recoded, mean_codes, read_codes, replaced, shuffled, variances
 from llava_collab.evaluation.environment import environment
 from llava_collab.evaluation.evaluator import evaluate
-from llava_collab.evaluation.records import RecordError, model_sha256
+from llava_collab.evaluation.records import LOSSES, RecordError, model_sha256
 from llava_collab.evaluation.statistics import MACRO, Interval, bootstrap
 from llava_collab.files import read_json, write_json, write_text
 from llava_collab.types import Single
@@ -42,7 +42,7 @@ CONDITIONS = {
     "question-part": "language guidance from the question's tokens alone",
 }
 VIEWS, VIEWED = 4, 48
-LOSSES = "losses.json"
+VARIANCES = "variances.json"
 
 
 def ablate(
@@ -84,7 +84,7 @@ def ablate(
             environment=environment(),
         )
         _losses(recoded, samples, place / LOSSES, batch_size)
-    _variances(model, samples, suite, out / "variances.json")
+    _variances(model, samples, suite, out / VARIANCES)
     figures, spread = read_ablation(out)
     write_json(out / "ablate.json", {"conditions": _plain(figures), "kept_their_own": kept, "variances": spread, **environment()})
     text = _text(folder, figures, kept, spread, len(samples))
@@ -101,7 +101,7 @@ def read_ablation(out: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]
     present = [name for name in CONDITIONS if (out / name / LOSSES).is_file()]
     runs = {name: report.read_runs([out / name])[0] for name in present}
     losses = {name: read_json(out / name / LOSSES) for name in present}
-    return _figures(runs, losses), read_json(out / "variances.json")
+    return _figures(runs, losses), read_json(out / VARIANCES)
 
 
 def conditions(model: Single) -> list[str]:

@@ -5,17 +5,19 @@ Rows are appended and flushed as answers come, so that a killed run loses nothin
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
+import lzma
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_collab.files import sha256, write_json, write_text
+from llava_collab.files import sha256, write_bytes, write_json, write_text
 
 RECORDS = "records.jsonl"
 RUN = "run.json"
+LOSSES = "losses.json"
 Row = dict[str, Any]
 
 
@@ -24,14 +26,14 @@ class RecordError(ValueError):
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """All whole rows of `folder/records.jsonl` (or its `.gz`, as kept in the tree); a half-written last line is left out.
+    """All whole rows of `folder/records.jsonl` (or its `.xz`, as `pack` keeps it); a half-written last line is left out.
 
     Raises RecordError for a broken or repeated row.
     """
-    path, packed = folder / RECORDS, folder / f"{RECORDS}.gz"
+    path, packed = folder / RECORDS, folder / f"{RECORDS}.xz"
     if not path.is_file() and not packed.is_file():
         raise RecordError(f"{path}: no such file; run eval/run.py with --out {folder} first")
-    content = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
+    content = path.read_bytes() if path.is_file() else lzma.decompress(packed.read_bytes())
     rows: list[Row] = []
     seen: set[str] = set()
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
@@ -52,6 +54,15 @@ def read_rows(folder: Path) -> list[Row]:
 def write_rows(folder: Path, rows: Iterable[Row]) -> None:
     """Replace `folder/records.jsonl` as a whole, atomically."""
     write_text(folder / RECORDS, "".join(dump(row) for row in rows))
+
+
+def pack(folder: Path, to: Path) -> None:
+    """Copy a record folder in the form that is kept in the tree: records compressed, all else that is small as it is."""
+    to.mkdir(parents=True, exist_ok=True)
+    write_bytes(to / f"{RECORDS}.xz", lzma.compress((folder / RECORDS).read_bytes(), preset=9 | lzma.PRESET_EXTREME))
+    for name in (RUN, LOSSES):
+        if (folder / name).is_file():
+            shutil.copy(folder / name, to / name)
 
 
 def dump(row: Mapping[str, Any]) -> str:
