@@ -126,11 +126,11 @@ def _model(args: Args, name: str, train: list[Sample], samples: list[Sample]) ->
 
     import torch
 
-    from llava_collab.models.build import cache_features, load
+    from llava_collab.models.build import cache_features, load, pick_device
 
     network: Any
     network, processor = load(str(folder), dtype=None if args.dtype == "stored" else getattr(torch, args.dtype))
-    network.to(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    network.to(pick_device(args.device))
     if args.feature_cache:
         cache_features(network, processor, [image for sample in samples for image in sample.images], args.batch_size)
     identity["prompt_template_sha256"] = hashlib.sha256(str(processor.chat_template).encode()).hexdigest()

@@ -76,6 +76,9 @@ class Args:
     batch_size: int = 8
     """Questions answered at once."""
 
+    evaluate: bool = True
+    """Evaluate, and print the table. Without, rows are only trained."""
+
     lanes: int = 1
     """Programs at once. Share the cores among them: OMP_NUM_THREADS=1 for two lanes on two cores."""
 
@@ -134,6 +137,8 @@ def _add(sweep: Sweep, args: Args, row: TableRow, seed: int) -> None:
         refuse_other_recipe(training.folder, training.recipe)  # now, not when its turn comes
         sweep.jobs.setdefault(name, Job(name, command, (training.folder / "finished.json").is_file, needs))
         needs = name
+    if not args.evaluate:
+        return
     folder = sweep.evaluation(row, seed)
     wanted = {"model": str(folder.parent / "model"), "name": row.name, "suite": str(args.suite), "split": args.split, "out": str(folder)}
     wanted |= {"dtype": args.dtype, "batch_size": str(args.batch_size)}
@@ -266,10 +271,11 @@ def main(args: Args) -> int:
             print(shlex.join(job.command) + ("  # finished" if job.finished() else ""))
         return 0
     failed = work(sweep, args.lanes)
-    text, ours = tables_of(sweep, args.seeds)
-    print(f"\n{text}")
-    write_text(sweep.out / "tables" / f"{sweep.table.name}.md", text)
-    write_text(sweep.out / "tables" / f"{sweep.table.name}.csv", report.csv_text(ours))
+    if args.evaluate:
+        text, ours = tables_of(sweep, args.seeds)
+        print(f"\n{text}")
+        write_text(sweep.out / "tables" / f"{sweep.table.name}.md", text)
+        write_text(sweep.out / "tables" / f"{sweep.table.name}.csv", report.csv_text(ours))
     if failed:
         print(f"{len(failed)} of {len(sweep.jobs)} jobs did not finish; the same command tries again: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -13,6 +13,14 @@ import tyro
 from tyro.conf import Positional, subcommand
 
 
+def _open(model: Path, device: str) -> tuple[Any, Any]:
+    """A model folder's network, on a device, and its processor."""
+    from .models.build import load, pick_device
+
+    network, processor = load(model)
+    return network.to(pick_device(device)), processor  # pyright: ignore[reportArgumentType]
+
+
 @dataclass
 class Doctor:
     """Print versions, devices, optional parts found or missing, and the root cause of a failed import."""
@@ -130,12 +138,13 @@ class Ask:
     """image files, in order"""
     max_new_tokens: int = 64
     """length limit of the answer"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N"""
 
     def run(self) -> int:
-        from .models.build import load
         from .types import Request, Single, Turn
 
-        network, processor = load(self.model)
+        network, processor = _open(self.model, self.device)
         request = Request("ask", (Turn("user", "<image>\n" * len(self.image) + self.question),), self.image, self.max_new_tokens)
         answer = Single(network, processor, str(self.model)).generate([request])[0]
         if answer.error:
@@ -160,12 +169,13 @@ class Converse:
     """image files that go with the first question, in order"""
     max_new_tokens: int = 256
     """length limit of an answer"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N"""
 
     def run(self) -> int:
         from .chat import Chat, repl
-        from .models.build import load
 
-        return repl(Chat(*load(self.model), max_new_tokens=self.max_new_tokens), self.image)
+        return repl(Chat(*_open(self.model, self.device), max_new_tokens=self.max_new_tokens), self.image)
 
 
 @dataclass
@@ -180,12 +190,13 @@ class Export:
     """the file to write"""
     image: tuple[Path, ...] = ()
     """image files, in order"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N"""
 
     def run(self) -> int:
         from .export import export_experts
-        from .models.build import load
 
-        meta = export_experts(*load(self.model), self.prompt, self.image, self.out, folder=self.model)
+        meta = export_experts(*_open(self.model, self.device), self.prompt, self.image, self.out, folder=self.model)
         for name, expert in meta["experts"].items():
             print(f"{name}: {expert['equation']}\n  x: {expert['x']}\n  added to: {expert['added_to']}")
             for tensor, shape in expert["tensors"].items():
@@ -218,20 +229,20 @@ class Ablate:
     """keep vision tower outputs in the local cache (the one that training uses): every condition reads them again"""
     batch_size: int = 16
     """questions answered at once"""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N"""
 
     def run(self) -> int:
         from .evaluation.ablate import ablate
         from .evaluation.evaluator import choose
         from .evaluation.suite import load_suite
-        from .models.build import cache_features, load
+        from .models.build import cache_features
         from .types import Single
 
         suite = load_suite(self.suite)
         samples = [s for s in suite.read(self.split, self.data_root) if not self.categories or s.category in self.categories]
-        network, processor = load(self.model)
-        model = Single(network.to(self.device), processor, str(self.model))  # pyright: ignore[reportArgumentType]
+        network, processor = _open(self.model, self.device)
+        model = Single(network, processor, str(self.model))
         chosen = choose(samples, self.items_per_category, seed=0)
         if self.feature_cache:
             cache_features(network, processor, [image for sample in chosen for image in sample.images], self.batch_size)

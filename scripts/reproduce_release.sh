@@ -31,7 +31,7 @@ sweep() { # TABLE [OPTIONS]
     --split decision --dtype float32 --batch-size 32
 }
 sweep controls --seeds 0 1 2
-sweep codes --seeds 0
+sweep codes --seeds 0 --no-evaluate
 python eval/run.py --model majority --name majority --suite eval/suites/cmt-open.yaml --split decision --out "$OUT/majority/eval"
 
 ablate() { # ROW ITEMS A CATEGORY [OPTIONS]

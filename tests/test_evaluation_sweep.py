@@ -233,6 +233,12 @@ def test_lanes_run_at_once_what_waits_for_nothing(
         assert order == sorted(order)
 
 
+def test_rows_can_be_trained_alone(program: ModuleType, place: dict[str, Any], programs: Programs) -> None:
+    assert program.main(program.Args(**place, evaluate=False)) == 0
+    assert programs.ran == ["align/seed-0", "plain/seed-0", "ours/seed-0"] and not (place["out"] / "tables").exists()
+    assert program.main(program.Args(**place)) == 0 and programs.ran[3:] == ["plain/seed-0/eval", "ours/seed-0/eval"]
+
+
 def test_a_failure_costs_what_starts_from_it(
     program: ModuleType, place: dict[str, Any], programs: Programs, capsys: pytest.CaptureFixture[str]
 ) -> None:

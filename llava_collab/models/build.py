@@ -113,6 +113,11 @@ def build(
     return model.eval(), processor
 
 
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto`: a GPU if there is one; else what is named: cpu, cuda, cuda:N."""
+    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load(
     folder: str | Path,
     dtype: torch.dtype | None = None,
