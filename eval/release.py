@@ -50,7 +50,7 @@ TRIED = {
     "expert-rate-4": "experts at four times the rate",
     "attached": "attached guidance",
     "last-prompt-token": "guidance of the last prompt token",
-    "longer": "three times as many steps",
+    "longer": "twice as many steps",
 }
 """Rows of the table `codes` whose codes were exchanged."""
 SHORT = {"Visual Captioning": "Captioning", "Spatial Inference": "Spatial", "Detailed Description": "Description"}
