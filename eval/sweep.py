@@ -141,11 +141,12 @@ def _add(sweep: Sweep, args: Args, row: TableRow, seed: int) -> None:
         return
     folder = sweep.evaluation(row, seed)
     wanted = {"model": str(folder.parent / "model"), "name": row.name, "suite": str(args.suite), "split": args.split, "out": str(folder)}
-    wanted |= {"dtype": args.dtype, "batch_size": str(args.batch_size)}
+    wanted["dtype"] = args.dtype
     optional = {"items_per_category": args.items_per_category, "data_root": args.data_root}
     wanted |= {key: str(value) for key, value in optional.items() if value is not None}
     command = [sys.executable, str(ROOT / "eval" / "run.py")]
     command += [word for key, value in wanted.items() for word in (f"--{key.replace('_', '-')}", value)]
+    command += ["--batch-size", str(args.batch_size)]
     if load_recipe(args.base).data.feature_cache:
         command.append("--feature-cache")
     wanted |= {key: "None" for key, value in optional.items() if value is None}

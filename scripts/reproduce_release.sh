@@ -28,7 +28,7 @@ python train/train.py train/recipes/smol-align-lora.yaml --run.out "$OUT/align"
 torchrun --nproc-per-node "$LANES" train/train.py train/recipes/smol-instruct-lora.yaml --run.out "$OUT/start" --model.init-from "$OUT/align/model"
 sweep() { # TABLE [OPTIONS]
   python eval/sweep.py "$@" --base train/recipes/smol-experts-lora.yaml --start "$OUT/start/model" --out "$OUT" --lanes "$LANES" \
-    --split decision --dtype float32 --batch-size 32
+    --split decision --dtype float32 --batch-size 128
 }
 sweep controls --seeds 0 1 2
 sweep codes --seeds 0 --no-evaluate

@@ -165,7 +165,7 @@ class Programs:
             write_json(folder / "finished.json", {"step": 3})
         else:
             score = 50.0 + 10 * ("ours" in name) + 2 * ("seed-1" in name)
-            keys = ("model", "name", "suite", "split", "out", "data_root", "items_per_category", "dtype", "batch_size")
+            keys = ("model", "name", "suite", "split", "out", "data_root", "items_per_category", "dtype")
             arguments = {key: options.get(f"--{key.replace('_', '-')}", "None") for key in keys}
             open_run(folder, {"model": options["--name"], "items": {"all": 2}}, {"arguments": arguments})
             usage = {"generated_tokens": 1, "flops": 1.0}
