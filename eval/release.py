@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from tqdm import tqdm
 from tyro.conf import subcommand
 
 from llava_collab.evaluation import report
@@ -103,11 +104,13 @@ class Check:
         suite = load_suite(SUITE)
         recorded = {r["sample_id"]: r["output"] for r in report.read_runs([self.records / f"{row}-0"])[0].rows}
         samples = [sample for sample in suite.read("decision", self.data_root) if int(sample.id.rsplit("-", 1)[1]) < self.items]
+        if not samples:
+            raise RecordError(f"{self.data_root} has no decision items; build them: llava-collab data build cmt-open --decision 70 ...")
         network, processor = load(self.checkpoints / name, dtype=torch.float32)
         cache_features(network, processor, [image for sample in samples for image in sample.images], 16)  # as the records were made
         model = Single(network, processor, name)
         equal = total = same = 0
-        for sample in samples:
+        for sample in tqdm(samples, desc=name, unit="item"):
             answer = model.generate([sample.request(suite.max_new_tokens[sample.category])])[0]
             ours, theirs = (processor.tokenizer(text)["input_ids"] for text in (answer.text, recorded[sample.id]))
             equal += sum(a == b for a, b in zip(ours, theirs, strict=False))
