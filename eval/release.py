@@ -88,8 +88,10 @@ class Check:
     def run(self) -> int:
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
         lines = [line for line in tables(self.records).splitlines() if line.startswith("|")]
-        if missing := [line for line in lines if line not in readme]:
+        if missing := [line for line in lines if line not in readme.splitlines()]:
             raise RecordError("README.md lacks what the records give:\n" + "\n".join(missing))
+        if any(table not in readme for table in tables(self.records).split("\n\n")):
+            raise RecordError("README.md has lines between those that the records give; copy the tables anew")
         print(f"README.md: all {len(lines)} lines of its tables are those of {self.records}")
         shares = {name: self._regenerate(name, row) for name, row in MODELS.items()}
         return 0 if min(shares.values()) >= self.least else 1
@@ -112,6 +114,8 @@ class Check:
         equal = total = same = 0
         for sample in tqdm(samples, desc=name, unit="item"):
             answer = model.generate([sample.request(suite.max_new_tokens[sample.category])])[0]
+            if answer.error is not None or sample.id not in recorded:
+                raise RecordError(f"{sample.id}: {answer.error or f'not in the records of {row}-0'}")
             ours, theirs = (processor.tokenizer(text)["input_ids"] for text in (answer.text, recorded[sample.id]))
             equal += sum(a == b for a, b in zip(ours, theirs, strict=False))
             total += max(len(ours), len(theirs))
@@ -170,11 +174,12 @@ def tables(records: Path) -> str:
 
 
 def _pools(records: Path) -> list[report.Run]:
-    """The rows, seeds pooled. Raises RecordError where a row or one of its seeds is missing."""
+    """The rows, seeds pooled. Raises RecordError where a row is missing, or has other seeds than HyperLLaVA."""
+    seeds = sorted(int(folder.name.removeprefix(f"{OURS}-")) for folder in records.glob(f"{OURS}-[0-9]"))
     found = []
     for row in ROWS:
-        folders = sorted(records.glob(f"{row}-[0-9]")) or [records / row]
-        found.append(report.pooled(row, report.read_runs(folders)))
+        folders = [records / row] if row == "majority" else [records / f"{row}-{seed}" for seed in seeds]
+        found.append(report.pooled(row, dict(zip(seeds, report.read_runs(folders), strict=False))))
     return found
 
 
@@ -224,7 +229,7 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 
 WHAT = {
     "llava-smol-align": "Stage 1 of the released models: the projector, and adapters on the language model, trained to caption pictures."
-    " The next is stored as its difference from it; by itself it captions and answers nothing.",
+    " The next is stored as its difference from it; by itself it captions, and answers nothing.",
     "llava-smol-start": "The first part of instruction tuning, without experts: what the released models start from, and are stored as"
     " differences from.",
     "hyperllava-smol": "HyperLLaVA (arXiv 2403.13447) at a size that trains on a CPU: both hypernetworks, and adapters on language model"
@@ -254,7 +259,7 @@ model, processor = load("checkpoints/{name}")
 - **Base**: {base}, verified by sha256 when it is loaded. It needs `llava-collab assets --bases smollm2-135m-l4-v8k efficientnet-lite0
   dinov2-s` once.
 - **Data**: CMT-open, {samples:,} samples drawn from its training split (question families: {families}), and nothing else.
-- **Training**: `{recipe}`, seed {seed}, {steps} steps of {batch}, loss over the last 50 steps {loss:.2f};
+- **Training**: {recipe}; seed {seed}, {steps} steps of {batch}, loss over the last 50 steps {loss:.2f};
   by `bash scripts/reproduce_release.sh`.
 - **Hardware and time**: {cpus} CPU cores ({machine}) or one of them, {minutes:.0f} minutes.
   Python {python}, torch {torch}, transformers {transformers}.
@@ -263,7 +268,7 @@ model, processor = load("checkpoints/{name}")
 It can't be relied on: see the scores. It has not been tested for bias or safety. It is there for research on how such models work.
 
 **Licence.** These weights: Apache-2.0, as the code. The base models, and the pictures that CMT-open is made of, have licences of
-their own, listed in `llava_collab/assets/packages.yaml`; none of them is contained here.
+their own, listed in `llava_collab/assets/packages.yaml`; of them only the tokenizer (SmolLM2, Apache-2.0) is contained here.
 """
 
 
@@ -282,7 +287,8 @@ def _card(name: str, run: Path, records: Path, table: str) -> str:
         base=parts if stage == 0 else f"`../{list(STAGES)[min(stage, 2) - 1]}`",
         samples=sum(row["samples"] for row in log),
         families=", ".join(families) or "all",
-        recipe=f"train/recipes/smol-{('align', 'instruct', 'experts')[stage]}-lora.yaml",
+        recipe=f"train/recipes/smol-{('align', 'instruct', 'experts')[stage]}-lora.yaml"
+        + (f", row `{MODELS[name]}` of the table `controls`" if stage == 2 else ""),
         seed=recipe.run.seed,
         steps=read_json(run / "finished.json")["step"],
         batch=recipe.run.batch_size,
@@ -304,5 +310,5 @@ Job = (
 if __name__ == "__main__":
     try:
         sys.exit(tyro.cli(Job, description=__doc__).run())
-    except (RecordError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -26,6 +26,7 @@ from llava_collab.evaluation import report
 from llava_collab.evaluation.records import RUN, RecordError, read_run
 from llava_collab.evaluation.statistics import MACRO
 from llava_collab.files import locked, write_text
+from llava_collab.models.blueprint import BlueprintError
 from llava_collab.training.recipe import RecipeError
 from llava_collab.training.recipe_file import load_recipe, refuse_other_recipe
 from llava_collab.training.tables import PaperTable, TableRow, load_tables, trainings
@@ -38,7 +39,7 @@ class Args:
     """Train and evaluate the rows of one table, resumably."""
 
     table: tyro.conf.Positional[str]
-    """main, projector, blocks, structure, peft, code-width or bottleneck."""
+    """main, projector, blocks, structure, peft, code-width, bottleneck; or ours: controls, codes."""
 
     base: Path = Path("train/recipes/smol-instruct.yaml")
     """Recipe that the rows are changes of. Its stage 1 is the recipe beside it that writes its model.init_from."""
@@ -50,7 +51,7 @@ class Args:
     """Only these rows (default: all that can be run); the baseline is always among them."""
 
     seeds: tuple[int, ...] = (0,)
-    """One training (of both stages) a row and seed."""
+    """One training a row and seed, of both stages unless --start is given."""
 
     out: Path | None = None
     """Folder of the runs (default: runs/sweeps/NAME OF THE BASE, so that tables share rows)."""
@@ -116,7 +117,9 @@ def plan(args: Args) -> Sweep:
     if args.table not in tables:
         raise RecipeError(f"no table {args.table!r} in {args.tables}; there are {', '.join(tables)}")
     table = tables[args.table]
-    names = [row.name for row in table.rows if row.overrides is not None]
+    if args.lanes < 1:
+        raise RecipeError(f"--lanes must be at least 1, not {args.lanes}")
+    names = [row.name for row in table.rows if row.runs_on(args.base)]
     if args.rows:
         asked = {table.row(name).name for name in args.rows} | {table.baseline}
         names = [row.name for row in table.rows if row.name in asked]
@@ -185,7 +188,7 @@ def work(sweep: Sweep, lanes: int = 1) -> list[str]:
                             tail = "\n    ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
                             print(f"{place}: failed (exit code {code})\n    {tail}", file=sys.stderr)
                             failed.append(job.name)
-                    elif len(running) == lanes or any(other.name == job.needs for other in waiting.values()):
+                    elif len(running) >= lanes or any(other.name == job.needs for other in waiting.values()):
                         continue
                     elif job.finished():
                         print(f"{place}: finished before", flush=True)
@@ -198,11 +201,15 @@ def work(sweep: Sweep, lanes: int = 1) -> list[str]:
                         continue
                     del waiting[number]
                 time.sleep(0.2 if running else 0)
-        finally:
-            for child in running.values():  # only where the sweep itself is stopped: training saves first
-                child.terminate()
+        except (
+            BaseException
+        ) as stop:  # training saves when it is stopped; a Ctrl-C has reached it already, and a second signal would hurry it
+            for child in running.values():
+                if not isinstance(stop, KeyboardInterrupt):
+                    child.terminate()
             for child in running.values():
                 child.wait()
+            raise
     return failed
 
 
@@ -228,15 +235,15 @@ def _start(command: Sequence[str], log: Path, lock: int) -> subprocess.Popen[byt
 
 def tables_of(sweep: Sweep, seeds: Sequence[int]) -> tuple[str, list[report.Table]]:
     """Markdown of our rows beside the paper's, and our tables for CSV. Rows without a finished evaluation are dashes."""
-    runs: dict[str, list[report.Run]] = {}
+    runs: dict[str, dict[int, report.Run]] = {}
     for row in sweep.rows:
         done = [seed for seed in seeds if sweep.jobs[str(sweep.evaluation(row, seed).relative_to(sweep.out))].finished()]
-        runs[row.name] = report.read_runs([sweep.evaluation(row, seed) for seed in done])
+        runs[row.name] = dict(zip(done, report.read_runs([sweep.evaluation(row, seed) for seed in done]), strict=True))
     pools = {name: report.pooled(name, seeded) for name, seeded in runs.items() if seeded}
     first = pools.get(sweep.table.baseline)
     lines = []
     for row in sweep.table.rows:
-        cells = _ours(runs.get(row.name, []), pools.get(row.name), first)
+        cells = _ours([*runs.get(row.name, {}).values()], pools.get(row.name), first)
         numbers = row.numbers or ("–",) * len(sweep.table.columns)
         lines.append([row.name, *cells, row.paper, *map(str, numbers)])
     header = ["row", "CMT-open", "seeds: range", f"difference from {sweep.table.baseline}", "in the paper", *sweep.table.columns]
@@ -286,5 +293,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(main(tyro.cli(Args, description=__doc__)))
-    except (RecipeError, RecordError) as error:
+    except (RecipeError, RecordError, BlueprintError) as error:
         sys.exit(f"error: {error}")

@@ -45,7 +45,7 @@ def main(args: Args) -> None:
         runs = report.pools(runs)
         names = {}
     names |= {run.label: run for run in runs}
-    tables = [report.score_table(runs), report.beside_table(runs)]
+    tables = [report.score_table(runs)] if args.pool_seeds else [report.score_table(runs), report.beside_table(runs)]
     parts = [table.markdown() for table in tables]
     if args.compare:
         baseline, *others = [_find(name, names) for name in args.compare]

@@ -7,25 +7,25 @@
 # Variables: OUT (runs/release), LANES (2 programs at once), RECORDS (docs/results/release) and CHECKPOINTS (checkpoints) to write to.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case "${1:-}" in
+  "" | --check) ;;
+  *) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+esac
 source scripts/setup.sh
 OUT=${OUT:-runs/release} LANES=${LANES:-2} RECORDS=${RECORDS:-docs/results/release} CHECKPOINTS=${CHECKPOINTS:-checkpoints}
 build() { llava-collab data build cmt-open --val 0 --test-object 0 --test-template 0 "$@"; }
 
 llava-collab assets --bases smollm2-135m-l4-v8k efficientnet-lite0 dinov2-s
-case "${1:-}" in
-  "") ;;
-  --check)
-    build --out data/release-check --train 0 --test 0 --decision 70
-    exec python eval/release.py check --data-root data/release-check
-    ;;
-  *) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
-esac
+if [ "${1:-}" = --check ]; then
+  build --out data/release-check --train 0 --test 0 --decision 70
+  exec python eval/release.py check --data-root data/release-check
+fi
 
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / LANES))} OMP_WAIT_POLICY=PASSIVE
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE
 build --out data/cmt-open --train 24000 --test 1149 --decision 7000
 
 python train/train.py train/recipes/smol-align-lora.yaml --run.out "$OUT/align"
-torchrun --nproc-per-node "$LANES" train/train.py train/recipes/smol-instruct-lora.yaml --run.out "$OUT/start" --model.init-from "$OUT/align/model"
+torchrun --nproc-per-node 2 train/train.py train/recipes/smol-instruct-lora.yaml --run.out "$OUT/start" --model.init-from "$OUT/align/model"
 sweep() { # TABLE [OPTIONS]
   python eval/sweep.py "$@" --base train/recipes/smol-experts-lora.yaml --start "$OUT/start/model" --out "$OUT" --lanes "$LANES" \
     --split decision --dtype float32 --batch-size 128

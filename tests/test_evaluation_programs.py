@@ -43,7 +43,7 @@ def test_bootstrap_gives_the_textbook_interval() -> None:
 def test_seeds_are_resampled_with_the_items_and_alike_in_all_categories() -> None:
     noise = np.random.default_rng(0).normal(size=(1, 400)) * 3
     seeds = np.array([[10.0], [13.0], [19.0]])
-    item, seed = noise.std() / 20, seeds.std() / np.sqrt(3)
+    item, seed = noise.std() / 20, seeds.std(ddof=1) / np.sqrt(3)
     result = bootstrap({"a": seeds + noise, "b": seeds + 0 * noise, "c": noise[0]}, resamples=8000)
     assert result["a"].error == pytest.approx(np.hypot(item, seed), rel=0.05) and result["a"].n == 400
     assert result["b"].error == pytest.approx(seed, rel=0.05) and result["c"].error == pytest.approx(item, rel=0.05)

@@ -195,8 +195,8 @@ def test_a_table_runs_once_and_prints_both_sides(
     rows = [f"{row}/seed-{seed}{part}" for seed in (0, 1) for row in ("plain", "ours") for part in ("", "/eval")]
     assert sorted(programs.ran) == sorted([*rows, "align/seed-0", "align/seed-1"]) and programs.ran[0] == "align/seed-0"
     told = capsys.readouterr().out
-    assert "| plain | 51.0 ± 1.0 | 2: 50.0 to 52.0 | – | LLaVA | 62.0 |" in told
-    assert "| ours | 61.0 ± 1.0 | 2: 60.0 to 62.0 | +10.0 [+10.0, +10.0] | ours | 62.7 |" in told
+    assert "| plain | 51.0 ± 1.4 | 2: 50.0 to 52.0 | – | LLaVA | 62.0 |" in told
+    assert "| ours | 61.0 ± 1.4 | 2: 60.0 to 62.0 | +10.0 [+10.0, +10.0] | ours | 62.7 |" in told
     assert "| lost | – | – | – | lost | 60.2 |" in told and "- lost: nobody knows" in told and "not comparable" in told
     assert (place["out"] / "tables" / "toy.md").read_text(encoding="utf-8") in told
     assert "difference from plain" in (place["out"] / "tables" / "toy.csv").read_text(encoding="utf-8")
@@ -210,17 +210,21 @@ def test_lanes_run_at_once_what_waits_for_nothing(
     program: ModuleType, place: dict[str, Any], programs: Programs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once: list[int] = []
-    running: set[int] = set()
+    running: set[str] = set()
 
     def start(*job: Any) -> SimpleNamespace:
-        code, polls, number = programs(*job), iter([None, None]), len(programs.ran)
-        running.add(number)
+        code, polls = programs(*job), iter([None, None])
+        name = programs.ran[-1]
+        seed = next(part for part in name.split("/") if part.startswith("seed-"))
+        needed = {"eval": name.removesuffix("/eval")}.get(name.rsplit("/", 1)[1], f"align/{seed}")
+        assert needed == name or needed not in running, f"{name} started beside {needed}, which it starts from"
+        running.add(name)
         at_once.append(len(running))
 
         def poll() -> int | None:
             if next(polls, code) is None:
                 return None
-            running.discard(number)
+            running.discard(name)
             return code
 
         return SimpleNamespace(poll=poll)

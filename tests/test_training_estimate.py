@@ -16,7 +16,7 @@ from llava_collab.models.blueprint import BlueprintError, configuration, meta_mo
 from llava_collab.models.build import ModelSpec, build
 from llava_collab.training.components import cast_frozen, choose_trainable, parameter_groups
 from llava_collab.training.estimate import Meter, count, estimate, student
-from llava_collab.training.recipe import Recipe
+from llava_collab.training.recipe import Recipe, RecipeError
 from llava_collab.training.recipe_file import parse_command
 from llava_collab.training.tables import earlier_stages, load_tables, trainings
 
@@ -252,8 +252,8 @@ def test_the_dimension_sweeps_cover_their_grids() -> None:
 @pytest.mark.parametrize("base", BASES)
 def test_every_row_parses_on_every_base(base: str) -> None:
     for row in ROWS.values():
-        if row.overrides is None:
-            assert "does not say" in row.note
+        if not row.runs_on(RECIPES / f"{base}.yaml"):
+            assert "does not say" in row.note or row.also
             continue
         *first, last = trainings(row, RECIPES / f"{base}.yaml", Path("runs/x"), seed=3)
         assert len(first) == 1 and last.recipe.run.seed == first[0].recipe.run.seed == 3
@@ -263,12 +263,23 @@ def test_every_row_parses_on_every_base(base: str) -> None:
             assert last.recipe.optim.lr == (5e-4 if base == "smol-instruct" else 2e-4)
 
 
+def test_matched_lora_has_as_many_parameters_as_the_experts() -> None:
+    base, earlier = RECIPES / "smol-experts-lora.yaml", earlier_stages(RECIPES)
+    sizes = []
+    for name in ("matched-lora", "hyperllava"):
+        chosen = parse_command([str(base), *ROWS[name].flags(base)], "")
+        sizes.append(sum(part.trainable for part in count(student(chosen, earlier), chosen).values()))
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.003), sizes
+    with pytest.raises(RecipeError, match="matched-lora can't be run on smol-instruct: .*nothing to match"):
+        ROWS["matched-lora"].flags(RECIPES / "smol-instruct.yaml")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 def test_every_row_is_built_on_the_meta_device(base: str) -> None:
     sizes = {}
     for row in ROWS.values():
-        if row.overrides is not None:
+        if row.runs_on(RECIPES / f"{base}.yaml"):
             *first, last = trainings(row, RECIPES / f"{base}.yaml", Path("runs/x"))
             parts = count(student(last.recipe, first[0].makes), last.recipe)
             sizes[row.name] = sum(part.trainable for part in parts.values())

@@ -99,8 +99,8 @@ def test_an_expert_that_drowns_the_model_is_told_once_until_it_falls() -> None:
 
 def test_an_expert_that_died_is_told_but_not_one_that_has_not_begun() -> None:
     health = ExpertHealth(nn.Module())
-    none, some = {"visual_expert": {"output_ratio": 0.0}}, {"visual_expert": {"output_ratio": 0.02}}
-    assert [len(health.alarms(figures)) for figures in (none, some, none, none)] == [0, 0, 1, 0]
-    health = ExpertHealth(nn.Module())
-    health.alarms(some)
-    assert "learn no more. Lower optim.visual_expert_lr" in health.alarms(none)[0]
+    ratios = (0.0, 0.0005, 0.114, 0.03, 0.001, 0.0009)
+    told = [health.alarms({"visual_expert": {"output_ratio": ratio}}) for ratio in ratios]
+    assert [len(lines) for lines in told] == [0, 0, 0, 0, 1, 0]
+    assert "once it was 0.11 times; it is dying. Lower optim.visual_expert_lr" in told[4][0]
+    assert health.alarms({"visual_expert": {}}) == []  # a step without images has no figures

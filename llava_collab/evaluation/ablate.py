@@ -86,6 +86,7 @@ def ablate(
         _losses(recoded, samples, place / LOSSES, batch_size)
     _variances(model, samples, suite, out / VARIANCES)
     figures, spread = read_ablation(out)
+    figures = {name: figures[name] for name in kept}  # an earlier call may have left more
     write_json(out / "ablate.json", {"conditions": _plain(figures), "kept_their_own": kept, "variances": spread, **environment()})
     text = _text(folder, figures, kept, spread, len(samples))
     write_text(out / "ablate.md", text)

@@ -57,7 +57,7 @@ def write_rows(folder: Path, rows: Iterable[Row]) -> None:
 
 
 def pack(folder: Path, to: Path) -> None:
-    """Copy a record folder in the form that is kept in the tree: records compressed, all else that is small as it is."""
+    """Copy what tables are computed from, in the form that is kept in the tree: records compressed, header and losses as they are."""
     to.mkdir(parents=True, exist_ok=True)
     write_bytes(to / f"{RECORDS}.xz", lzma.compress((folder / RECORDS).read_bytes(), preset=9 | lzma.PRESET_EXTREME))
     for name in (RUN, LOSSES):

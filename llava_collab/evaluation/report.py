@@ -76,29 +76,48 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return [Run(label, identity, rows) for label, (_, identity, rows) in zip(labels, runs, strict=True)]
 
 
-def pooled(label: str, runs: Sequence[Run]) -> Run:
-    """Several seeds as one run: a sample's score is their mean (each stays in `seed_scores`); one that failed in any is an error."""
-    by_id = [{row["sample_id"]: row for row in run.rows} for run in runs]
+def pooled(label: str, runs: Mapping[int, Run]) -> Run:
+    """Runs of one model by seed, as one: a sample's score and cost are the means over them; each score stays in `seed_scores`.
+
+    A sample that failed in any seed is an error. Figures beside the score are left out. Raises RecordError for runs that differ in
+    more than the model's weights.
+    """
+    first, *others = runs.values()
+    for other in others:
+        if changed := differing(first.identity, other.identity).keys() - {"model_sha256", "model"}:
+            raise RecordError(f"seeds of {label} were measured differently, in {', '.join(sorted(changed))}; evaluate them alike")
+    by_id = {seed: {row["sample_id"]: row for row in run.rows} for seed, run in runs.items()}
     rows = []
-    for sample_id in by_id[0]:
-        seeds = [rows_of[sample_id] for rows_of in by_id if sample_id in rows_of]
+    for row in first.rows:
+        seeds = {seed: rows_of[row["sample_id"]] for seed, rows_of in by_id.items() if row["sample_id"] in rows_of}
         if len(seeds) == len(runs):
-            bad = next((row for row in seeds if row["status"] != "ok"), None)
-            scores = [row["score"] for row in seeds]
-            rows.append(bad or seeds[0] | {"score": float(np.mean(scores)), "seed_scores": scores})
-    return Run(label, runs[0].identity, rows)
+            bad = next((other for other in seeds.values() if other["status"] != "ok"), None)
+            rows.append(bad or _mean_row(seeds))
+    return Run(label, first.identity, rows)
+
+
+def _mean_row(seeds: Mapping[int, Row]) -> Row:
+    rows = list(seeds.values())
+    usage = {name: float(np.mean([row["usage"][name] for row in rows])) for name in rows[0]["usage"]}
+    means = {name: float(np.mean([row[name] for row in rows])) for name in ("score", "seconds")}
+    return rows[0] | means | {"usage": usage, "scores": {}, "seed_scores": {seed: row["score"] for seed, row in seeds.items()}}
 
 
 def pools(runs: Sequence[Run]) -> list[Run]:
-    """Runs of one model name pooled, in the order in which names first come."""
+    """Runs of one model name pooled, in the order in which names first come; the n-th of a name counts as its n-th seed."""
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         groups[str(run.identity["model"])].append(run)
-    return [pooled(name, seeds) for name, seeds in groups.items()]
+    return [pooled(name, dict(enumerate(seeds))) for name, seeds in groups.items()]
 
 
-def _by_seed(row: Row) -> list[float]:
-    return row.get("seed_scores") or [row["score"]]
+def _by_seed(row: Row, like: Row | None = None) -> list[float]:
+    """A row's scores by seed; only those that a row `like` has too, or its one score for each of those where it is no pool."""
+    own = row.get("seed_scores")
+    wanted = (like or row).get("seed_scores")
+    if own is None:
+        return [row["score"]] * len(wanted or [0])
+    return [own[seed] for seed in sorted(own) if wanted is None or seed in wanted]
 
 
 def by_category(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -144,20 +163,21 @@ def corpus_bleu(rows: Sequence[Row]) -> float:
 
 
 def paired(first: Run, second: Run) -> dict[str, Interval]:
-    """Paired bootstrap of `second - first` over the samples that both answered, and over seeds where both are pools of as many.
+    """Paired bootstrap of `second - first` over the samples that both answered, and over the seeds that both pools have.
 
-    Raises RecordError for no common sample, or other metrics.
+    Raises RecordError for no common sample or seed, or other metrics.
     """
     theirs = {row["sample_id"]: row for row in first.ok}
     common = [(theirs[row["sample_id"]], row) for row in second.ok if row["sample_id"] in theirs]
     if not common:
         raise RecordError(f"{first.label} and {second.label} have no answered sample in common")
+    if not _by_seed(common[0][0], common[0][1]):
+        raise RecordError(f"{first.label} and {second.label} have no seed in common")
     groups: dict[str, list[Any]] = defaultdict(list)
     for a, b in common:
         if (a["metric"], a["references"]) != (b["metric"], b["references"]):
             raise RecordError(f"{first.label} and {second.label} score sample {a['sample_id']!r} differently; evaluate both again")
-        before, after = np.array(_by_seed(a)), np.array(_by_seed(b))
-        groups[b["category"]].append(after - before if len(after) == len(before) else [after.mean() - before.mean()])
+        groups[b["category"]].append(np.subtract(_by_seed(b, a), _by_seed(a, b)))
     return bootstrap({category: np.transpose(values) for category, values in groups.items()})
 
 

@@ -1,7 +1,7 @@
 """Means with bootstrap intervals: items are resampled within their category, so that the macro-average keeps its seven equal shares.
 
-Where a model was trained with several seeds, seeds are resampled too, crossed with the items. A bootstrap over three seeds is rough: it
-takes their variance for two thirds of what it is.
+Where a model was trained with several seeds, seeds are resampled too, crossed with the items. So few draws make too small a variance: what
+the S seeds deviate by is enlarged by sqrt(S / (S - 1)). Even so an interval over two or three seeds is rough.
 """
 
 from __future__ import annotations
@@ -76,5 +76,7 @@ def _resampled_means(values: NDArray[np.float64], name: str, seed: int, resample
     means = np.concatenate(parts, axis=1)  # [seeds, resamples]
     if seeds == 1:
         return means[0]
+    centre = means.mean(axis=0)
+    means = centre + (means - centre) * np.sqrt(seeds / (seeds - 1))
     chosen = np.random.default_rng([seed, seeds]).integers(0, seeds, size=(seeds, resamples))
     return np.take_along_axis(means, chosen, axis=0).mean(axis=0)

@@ -3,7 +3,8 @@
     config.json, processor files     as in a whole model
     delta.safetensors                every tensor that is not the base's, bit for bit, stored whole; of weights that were trained by LoRA,
                                      if its factors are given, `<name>.lora_A` [R, I] and `<name>.lora_B` [O, R] instead
-    base.json                        what the base is, and the sha256 of each of its tensors that the model takes over
+    base.json                        what the base is, and the sha256 of each of its tensors that the model takes over; of a base that is a
+                                     delta itself the sha256 of its file, since what LoRA factors give differs in last bits between CPUs
     README.md                        a model card
 
 The base is either the named parts that a model was built from (a `ModelSpec`) or a whole checkpoint (folder or hub id). It is cast to the
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from ..files import publish, read_json, write_json, write_text
+from ..files import publish, read_json, sha256, write_json, write_text
 from .bases import is_base
 from .build import ModelSpec, build, load
 from .convert import same_bits
@@ -91,9 +92,10 @@ def save_delta(
         raise ValueError(f"{folder} is there already and is no delta; give another folder")
     dtype = dtype or model.dtype
     origin = _origin(base, seed, folder)
-    under = _base_tensors(origin, folder)
+    under, computed = _base_tensors(origin, folder), _computed(origin, folder)
     target = {name: _cast(name, tensor.detach().cpu(), dtype) for name, tensor in _untied(model).items()}
     stored, facts = _difference(target, {name: _cast(name, tensor, dtype) for name, tensor in under.items()}, under, lora or {}, dtype)
+    facts["sha256"] = {name: value for name, value in facts["sha256"].items() if name not in computed}
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -106,7 +108,7 @@ def save_delta(
         save_file(stored, temporary / TENSORS, {"format": "pt"})
         write_json(temporary / BASE, origin | facts)
         write_text(temporary / "README.md", _card(folder.name, origin, facts, stored, model, licence))
-        again = _combine(temporary, under, dtype)
+        again = _combine(temporary, under, dtype, computed)
         if lost := [name for name in target if name not in again or not same_bits(target[name], again[name])]:
             raise ValueError(f"{folder} would not hold the model as it is: {', '.join(lost[:8])}")
         HyperLlavaProcessor.from_pretrained(temporary)
@@ -123,7 +125,7 @@ def read_delta(folder: Path) -> tuple[dict[str, Tensor], torch.dtype]:
     """
     origin = read_json(folder / BASE)
     dtype = getattr(torch, read_json(folder / "config.json")["dtype"])
-    return _combine(folder, _base_tensors(origin, folder), dtype), dtype
+    return _combine(folder, _base_tensors(origin, folder), dtype, _computed(origin, folder)), dtype
 
 
 def _origin(base: ModelSpec | str | Path, seed: int, folder: Path) -> dict[str, Any]:
@@ -132,7 +134,10 @@ def _origin(base: ModelSpec | str | Path, seed: int, folder: Path) -> dict[str, 
         base = base.init_from
     if isinstance(base, ModelSpec):
         return {"base": {name: _named(getattr(base, name), folder) for name in _PARTS}, "seed": seed}
-    return {"base": {"checkpoint": _named(str(base), folder)}}
+    named = _named(str(base), folder)
+    if is_delta(base):
+        named["delta_sha256"] = sha256(Path(base) / TENSORS)
+    return {"base": {"checkpoint": named}}
 
 
 def _named(source: str, folder: Path) -> dict[str, str]:
@@ -154,11 +159,24 @@ def _base_tensors(origin: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in _untied(model).items() if "multi_modal_projector" not in name}
 
 
+def _computed(origin: dict[str, Any], folder: Path) -> frozenset[str]:
+    """The names of the base's tensors that it gets from LoRA factors, itself or by its own base."""
+    if "checkpoint" not in origin["base"]:
+        return frozenset()
+    place = Path(_place(origin["base"]["checkpoint"], folder))
+    if not is_delta(place):
+        return frozenset()
+    below = read_json(place / BASE)
+    return frozenset(below["lora"]) | _computed(below, place)
+
+
 def _place(part: dict[str, str], folder: Path) -> str:
     if "folder" in part:
         place = Path(os.path.normpath(folder / part["folder"]))
         if not place.is_dir():
             raise ValueError(f"{folder} is a delta over {place}, which is not there; put it there, or correct `folder` in {folder / BASE}")
+        if part.get("delta_sha256", "") not in ("", sha256(place / TENSORS) if is_delta(place) else None):
+            raise ValueError(f"{folder} was made over another {place / TENSORS} than is there; restore it, or correct {folder / BASE}")
         return str(place)
     return str(local_folder(part["name"], part["revision"])) if "revision" in part else part["name"]
 
@@ -199,16 +217,19 @@ def _difference(
     return stored, {"lora": scales, "sha256": hashes}
 
 
-def _combine(folder: Path, under: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The whole model's tensors, from a delta folder and its base's tensors. Raises ValueError for another base."""
+def _combine(folder: Path, under: dict[str, Tensor], dtype: torch.dtype, computed: frozenset[str]) -> dict[str, Tensor]:
+    """The whole model's tensors, from a delta folder and its base's tensors. Raises ValueError for another base.
+
+    `computed`: tensors of the base that have no hash of their own.
+    """
     facts, tensors = read_json(folder / BASE), read_tensors([folder / TENSORS])
     scales = facts["lora"]
     differing = []
-    for name, expected in facts["sha256"].items():
+    for name in [*facts["sha256"], *(name for name in under if name in computed and name not in tensors)]:
         base = under.get(name)
         if base is not None and name not in scales:
             base = _cast(name, base, dtype)
-        if base is None or _sha256(base) != expected:
+        if base is None or (name in facts["sha256"] and _sha256(base) != facts["sha256"][name]):
             differing.append(name)
         elif name in scales:
             pair = LoraFactors(tensors.pop(f"{name}.lora_A"), tensors.pop(f"{name}.lora_B"), scales[name])

@@ -249,7 +249,7 @@ class HyperNetwork(nn.Module):
 
     def record_ratio(self, expert_BTO: Tensor, static_BTO: Tensor) -> None:
         """Keep |E(x)| / |static(x)| (RMS over the batch), while monitored; above 1 the expert drowns what it is added to."""
-        if self.monitor:
+        if self.monitor and self._statistics:  # empty: no sample of the batch has guidance, so the figures are of dummies
             ratio = expert_BTO.detach().float().norm() / static_BTO.detach().float().norm().clamp(min=1e-12)
             self._statistics["output_ratio"] = torch.maximum(self._statistics.get("output_ratio", ratio), ratio)
 

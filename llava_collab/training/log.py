@@ -14,6 +14,7 @@ from llava_collab.files import write_text
 
 RATIO_ALARM = 1.0
 ALIVE = 0.003  # output ratio that says an expert has taken part
+DEAD = 0.1  # of its largest output ratio: below, it has died
 
 
 class RunLog:
@@ -75,7 +76,7 @@ class ExpertHealth:
     def __init__(self, model: nn.Module) -> None:
         found = {name.rpartition(".")[2]: module for name, module in model.named_modules() if hasattr(module, "statistics")}
         self._experts: dict[str, Any] = {name: module for name, module in found.items() if hasattr(module, "monitor")}
-        self._alive: set[str] = set()
+        self._peaks: dict[str, float] = {}
         self._told: set[str] = set()
 
     def watch(self, on: bool) -> None:
@@ -90,16 +91,17 @@ class ExpertHealth:
     def alarms(self, figures: dict[str, dict[str, float]]) -> list[str]:
         """Warnings for experts that put out more than the layer they are added to, or nothing any more (told once, until it changes)."""
         ratios = {name: values["output_ratio"] for name, values in figures.items() if "output_ratio" in values}
-        self._alive |= {name for name, ratio in ratios.items() if ratio > ALIVE}
+        for name, ratio in ratios.items():  # at the start all put out nothing
+            self._peaks[name] = max(ratio, self._peaks.get(name, ALIVE))
         loud = {name for name, ratio in ratios.items() if ratio > RATIO_ALARM}
-        dead = {name for name, ratio in ratios.items() if ratio < ALIVE / 10} & self._alive  # at the start all put out nothing
+        dead = {name for name, ratio in ratios.items() if self._peaks[name] > ALIVE and ratio < DEAD * self._peaks[name]}
         new, self._told = (loud | dead) - self._told, loud | dead
-        cure = {name: "optim.visual_expert_lr" if name.startswith("visual") else "optim.expert_lr_multiplier" for name in new}
-        return [
-            f"ALARM: {name} puts out {ratios[name]:.2g} times what the layer beside it does; "
-            f"{'it drowns the pretrained model' if name in loud else 'its units are saturated and learn no more'}. Lower {cure[name]}."
-            for name in sorted(new)
-        ]
+        lines = []
+        for name in sorted(new):
+            trouble = "it drowns the pretrained model" if name in loud else f"once it was {self._peaks[name]:.2g} times; it is dying"
+            rate = "optim.visual_expert_lr" if name.startswith("visual") else "optim.expert_lr_multiplier"
+            lines.append(f"ALARM: {name} puts out {ratios[name]:.2g} times what the layer beside it does; {trouble}. Lower {rate}.")
+        return lines
 
 
 def _flat(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -9,13 +9,14 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import nn
 
+from llava_collab.training.components import component_of
 from llava_collab.training.recipe import RecipeError, TuneRecipe
 
 
 def add_adapters(model: nn.Module, tune: TuneRecipe) -> LoraModel:
     """Put adapters on the linear layers of the parts that `tune` adapts, in place; the returned tuner merges them later.
 
-    Raises ValueError (by peft) where no layer of the language model has a name of `tune.lora.target`.
+    Raises ValueError (by peft) where no layer at all fits, RecipeError where none of one of the parts does (`tune.lora.target`).
     """
     names = "|".join(map(re.escape, tune.lora.target))
     layers = {"llm": rf"model\.language_model\.layers\..*\.({names})", "projector": r"model\.multi_modal_projector\.linear_[12]"}
@@ -26,7 +27,13 @@ def add_adapters(model: nn.Module, tune: TuneRecipe) -> LoraModel:
         target_modules="|".join(layers[part] for part in sorted(tune.adapted)),
         bias="none",
     )
-    return LoraModel(model, config, "default")
+    tuner = LoraModel(model, config, "default")
+    reached = {component_of(name) for name, _ in model.named_parameters() if ".lora_" in name}
+    if missed := tune.adapted - reached:
+        raise RecipeError(
+            f"no linear layer of the {', '.join(sorted(missed))} got an adapter; correct tune.lora.target {tune.lora.target}."
+        )
+    return tuner
 
 
 def merge_adapters(tuner: LoraModel) -> nn.Module:

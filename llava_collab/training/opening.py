@@ -155,9 +155,9 @@ def finish(recipe: Recipe, student: Student, step: int) -> Path:
     if student.tuner is not None:
         model, _ = merged(recipe, {name: p.detach().cpu() for name, p in student.trainable.items()})
     if recipe.run.precision == "bf16":
-        for name, parameter in model.named_parameters():
-            if component_of(name) not in EXPERTS:
-                parameter.data = parameter.data.to(torch.bfloat16)
+        for name, tensor in [*model.named_parameters(), *model.get_submodule("model.vision_tower").named_buffers("model.vision_tower")]:
+            if tensor.is_floating_point() and component_of(name) not in EXPERTS:  # batch statistics too: cast_frozen trained with such
+                tensor.data = tensor.data.to(torch.bfloat16)
     temporary = run / ".model.tmp"
     model.save_pretrained(temporary)  # pyright: ignore[reportCallIssue]
     student.processor.save_pretrained(temporary)

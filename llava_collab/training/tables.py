@@ -36,16 +36,21 @@ class TableRow:
     numbers: tuple[float, ...] | None
     """The paper's, one a column; None where it prints none that can be read."""
     overrides: Mapping[str, Any] | None
-    """Keys of the base recipe that differ; None: the row can't be run, and `note` says why."""
+    """Keys of the base recipe that differ; None: the row can be run on the bases of `also` alone; if it has none, `note` says why."""
     also: Mapping[str, Mapping[str, Any]]
     """By name of a base recipe: further keys that differ on it."""
     note: str
 
+    def runs_on(self, base: Path) -> bool:
+        """Whether it means something on a base recipe."""
+        return self.overrides is not None or base.stem in self.also
+
     def flags(self, base: Path, prefix: str = "") -> list[str]:
         """The overrides on a base as options of train.py; only those whose key starts with `prefix`. RecipeError where it can't be run."""
-        if self.overrides is None:
-            raise RecipeError(f"row {self.name} can't be run: {self.note}")
-        chosen = dict(self.overrides) | dict(self.also.get(base.stem, {}))
+        if not self.runs_on(base):
+            why = self.note or f"only on {', '.join(self.also)}"
+            raise RecipeError(f"row {self.name} can't be run on {base.stem}: {why}")
+        chosen = dict(self.overrides or {}) | dict(self.also.get(base.stem, {}))
         return [word for key, value in chosen.items() if key.startswith(prefix) for word in _flag(key, value)]
 
 
@@ -116,7 +121,9 @@ def trainings(row: TableRow, base: Path, out: Path, seed: int = 0, start: Path |
     """
     command = [str(base), "--run.out", str(out / row.name / f"seed-{seed}"), "--run.seed", str(seed), *row.flags(base)]
     if start is not None:
-        return [_training([*command, "--model.init-from", str(start)])]
+        only = _training([*command, "--model.init-from", str(start)])
+        _check_experts(row, only.recipe, {})
+        return [only]
     first = earlier_stage(load_recipe(base), base.parent)
     done: list[Training] = []
     if first is not None:
@@ -175,7 +182,7 @@ def _row(name: str, value: Any, columns: tuple[str, ...], where: str) -> TableRo
     if numbers is not None and len(numbers) != len(columns):
         raise RecipeError(f"{where}: {len(numbers)} numbers for {len(columns)} columns")
     note = str(raw.get("note", ""))
-    if "set" not in raw and not note:
+    if "set" not in raw and "also" not in raw and not note:
         raise RecipeError(f"{where}: without `set` it can't be run; say in `note` why, or write `set: {{}}` for the base recipe as it is")
     overrides = _keyed(raw["set"], f"{where}: set") if "set" in raw else None
     return TableRow(name, str(raw.get("paper", name)), None if numbers is None else tuple(numbers), overrides, raw.get("also", {}), note)
