@@ -201,10 +201,8 @@ def work(sweep: Sweep, lanes: int = 1) -> list[str]:
                         continue
                     del waiting[number]
                 time.sleep(0.2 if running else 0)
-        except (
-            BaseException
-        ) as stop:  # training saves when it is stopped; a Ctrl-C has reached it already, and a second signal would hurry it
-            for child in running.values():
+        except BaseException as stop:
+            for child in running.values():  # training saves when it is stopped; a Ctrl-C has reached it already, and twice means at once
                 if not isinstance(stop, KeyboardInterrupt):
                     child.terminate()
             for child in running.values():

@@ -127,5 +127,9 @@ def test_ablate_writes_a_table_and_goes_on(data: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(Recoded, "_answer", lambda *_: pytest.fail("answered again"))
     monkeypatch.setattr(Recoded, "losses", lambda *_: pytest.fail("computed again"))
     assert ablate(folder, single, suite, samples, train, tmp_path / "out", batch_size=8) == text
+    fewer = ablate(folder, single, suite, samples, train, tmp_path / "out", batch_size=8, chosen=("mean",))
+    assert [name for name in CONDITIONS if f"| {name} |" in fewer] == ["own", "mean"]
+    with pytest.raises(ValueError, match=r"no condition \['means'\] .*there are own, "):
+        ablate(folder, single, suite, samples, train, tmp_path / "out", batch_size=8, chosen=("means",))
     with pytest.raises(ValueError, match="no hypernetwork to ablate"):
         ablate(folder, model(mode="static"), suite, samples, train, tmp_path / "other", batch_size=8)

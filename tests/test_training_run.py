@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from running import ROOT, arguments, log_rows, losses, run_apart, run_here
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from synthetic import write_shapes
 
 from llava_collab.models import experts
 from llava_collab.models.build import ModelSpec, build, load
+from llava_collab.models.delta import LoraFactors
 from llava_collab.models.modeling import HyperLlavaForConditionalGeneration
 from llava_collab.training.checkpoint import damage
 from llava_collab.training.lora import add_adapters, merge_adapters
@@ -174,7 +175,7 @@ def test_adapters_resume_and_merge_into_a_plain_model(data: Path, tmp_path: Path
     assert not any("lora" in name for name, _ in model.named_parameters()) and model.config.language_expert is not None
 
 
-def test_runs_with_adapters_are_stored_as_a_chain_of_small_differences(data: Path, tmp_path: Path) -> None:
+def test_runs_with_adapters_are_stored_as_a_chain_of_small_differences(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lora = (*SHORT, "--tune.llm", "lora", "--tune.lora.r", "4", "--run.precision", "bf16")
     first, second = tmp_path / "first", tmp_path / "second"
     assert run_here("tiny-instruct", data, first, *lora, "--model.visual-expert", "null", "--model.language-expert", "null") == 0
@@ -187,8 +188,17 @@ def test_runs_with_adapters_are_stored_as_a_chain_of_small_differences(data: Pat
     assert "model.multi_modal_projector.linear_1.weight.lora_A" in stored
     assert {str(t.dtype) for name, t in stored.items() if "lora" in name} == {"torch.bfloat16"}
     assert all("lora" in name or "_expert" in name for name in stored), sorted(stored)
-    released, trained = load(folder)[0].state_dict(), load(second / "model")[0].state_dict()
-    assert released.keys() == trained.keys() and all(torch.equal(released[name], trained[name]) for name in trained)
+    for dtype in (None, torch.float32):
+        released, trained = load(folder, dtype=dtype)[0].state_dict(), load(second / "model", dtype=dtype)[0].state_dict()
+        assert released.keys() == trained.keys() and all(torch.equal(released[name], trained[name]) for name in trained)
+    with monkeypatch.context() as other_cpu:  # where a matrix product differs in its last bits, so does what LoRA factors give
+        plain = LoraFactors.merged
+        other_cpu.setattr(LoraFactors, "merged", lambda self, base_OI: plain(self, base_OI) * (1 + 2e-3))
+        load(folder)
+    tensors = load_file(base / "delta.safetensors")
+    save_file(tensors | {"model.multi_modal_projector.linear_1.bias": torch.ones(64)}, base / "delta.safetensors")
+    with pytest.raises(ValueError, match="was made over another .*base/delta.safetensors"):
+        load(folder)
     (second / "finished.json").unlink()
     with pytest.raises(RecipeError, match="no finished run"):
         store_delta(second, tmp_path / "other")
@@ -205,6 +215,12 @@ def test_merged_logits_are_those_of_the_adapters() -> None:
     adapted = model(input_ids=ids_BT).logits
     assert (adapted - plain).abs().max() > 0.01
     torch.testing.assert_close(merge_adapters(tuner)(input_ids=ids_BT).logits, adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_without_any_adapter_is_told() -> None:
+    model, _ = build(ModelSpec())
+    with pytest.raises(RecipeError, match=r"of the llm got an adapter; correct tune\.lora\.target \('q_porj',\)"):
+        add_adapters(model, TuneRecipe(llm="lora", projector="lora", lora=LoraRecipe(target=("q_porj",))))
 
 
 def test_four_bits_need_a_gpu(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
