@@ -184,6 +184,7 @@ def test_runs_with_adapters_are_stored_as_a_chain_of_small_differences(data: Pat
     assert run_here("tiny-instruct", data, second, *lora, *start) == 0
     folder = store_delta(second, tmp_path / "released/model", base)
     shutil.rmtree(first)
+    assert str(tmp_path) not in (folder / "config.json").read_text() and "/" not in (folder / "config.json").read_text()
     stored = load_file(folder / "delta.safetensors")
     assert "model.multi_modal_projector.linear_1.weight.lora_A" in stored
     assert {str(t.dtype) for name, t in stored.items() if "lora" in name} == {"torch.bfloat16"}
