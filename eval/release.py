@@ -280,7 +280,8 @@ def _card(name: str, run: Path, records: Path, table: str) -> str:
     stage = list(STAGES).index(name) if name in STAGES else 2
     parts = "the parts named in `base.json` (SmolLM2-135M-Instruct cut to 4 blocks and 8k tokens, EfficientNet-lite0, DINOv2-S)"
     families = [f"`{family}`" for file in recipe.data.files for family in file.families]
-    heading = "Scores on CMT-open's 7,000 decision items, mean of three seeds (this folder is seed 0), ± half of the 95 % interval:"
+    seeds = len(list(records.parent.glob(f"{OURS}-[0-9]")))
+    heading = f"Scores on CMT-open's 7,000 decision items, mean of {seeds} seeds (this folder is seed 0), ± half of the 95 % interval:"
     return CARD.format(
         name=name,
         what=WHAT[name],

@@ -4,7 +4,7 @@
 #   bash scripts/reproduce_release.sh            about five hours on two CPU cores; killed, it goes on from where it was
 #   bash scripts/reproduce_release.sh --check    minutes: the README's tables are those of the released records, cell by cell, and the released
 #                                                models give the recorded answers again (fp32 on the CPU, at least 98 % of the tokens)
-# Variables: OUT (runs/release), LANES (2 programs at once), RECORDS (docs/results/release) and CHECKPOINTS (checkpoints) to write to.
+# Variables: SEEDS ("0 1 2"), OUT (runs/release), LANES (2 programs at once), RECORDS (docs/results/release) and CHECKPOINTS (checkpoints) to write to.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
@@ -12,7 +12,7 @@ case "${1:-}" in
   *) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac
 source scripts/setup.sh
-OUT=${OUT:-runs/release} LANES=${LANES:-2} RECORDS=${RECORDS:-docs/results/release} CHECKPOINTS=${CHECKPOINTS:-checkpoints}
+OUT=${OUT:-runs/release} SEEDS=${SEEDS:-0 1 2} LANES=${LANES:-2} RECORDS=${RECORDS:-docs/results/release} CHECKPOINTS=${CHECKPOINTS:-checkpoints}
 build() { llava-collab data build cmt-open --val 0 --test-object 0 --test-template 0 "$@"; }
 
 llava-collab assets --bases smollm2-135m-l4-v8k efficientnet-lite0 dinov2-s
@@ -30,7 +30,7 @@ sweep() { # TABLE [OPTIONS]
   python eval/sweep.py "$@" --base train/recipes/smol-experts-lora.yaml --start "$OUT/start/model" --out "$OUT" --lanes "$LANES" \
     --split decision --dtype float32 --batch-size 128
 }
-sweep controls --seeds 0 1 2
+sweep controls --seeds $SEEDS
 sweep codes --seeds 0 --no-evaluate
 python eval/run.py --model majority --name majority --suite eval/suites/cmt-open.yaml --split decision --out "$OUT/majority/eval"
 
