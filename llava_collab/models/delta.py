@@ -102,8 +102,9 @@ def save_delta(
     try:
         config = type(model.config).from_dict(model.config.to_dict())
         config.architectures, config.dtype = [type(model).__name__], dtype
-        for part in (config, config.get_text_config(), config.vision_config):  # folders travel, places on one machine don't
-            part._name_or_path = ""  # pyright: ignore[reportAttributeAccessIssue]
+        for part in (config, config.get_text_config(), config.vision_config):
+            if part is not None:
+                part._name_or_path = ""  # folders travel, places on one machine don't
         config.save_pretrained(temporary)
         (model.generation_config or GenerationConfig()).save_pretrained(temporary)
         processor.save_pretrained(temporary)
