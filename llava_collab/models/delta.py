@@ -103,8 +103,8 @@ def save_delta(
         config = type(model.config).from_dict(model.config.to_dict())
         config.architectures, config.dtype = [type(model).__name__], dtype
         for part in (config, config.get_text_config(), config.vision_config):
-            if part is not None:
-                part._name_or_path = ""  # folders travel, places on one machine don't
+            if part is not None:  # folders travel, places on one machine don't
+                part._name_or_path = ""  # pyright: ignore[reportAttributeAccessIssue]
         config.save_pretrained(temporary)
         (model.generation_config or GenerationConfig()).save_pretrained(temporary)
         processor.save_pretrained(temporary)
