@@ -108,8 +108,10 @@ class Check:
         samples = [sample for sample in suite.read("decision", self.data_root) if int(sample.id.rsplit("-", 1)[1]) < self.items]
         if not samples:
             raise RecordError(f"{self.data_root} has no decision items; build them: llava-collab data build cmt-open --decision 70 ...")
+        images = [image for sample in samples for image in sample.images]
+        cache_features(*load(self.checkpoints / name), images, 16)  # as the records were made: the tower in bf16, as in training
         network, processor = load(self.checkpoints / name, dtype=torch.float32)
-        cache_features(network, processor, [image for sample in samples for image in sample.images], 16)  # as the records were made
+        cache_features(network, processor, images, 16)
         model = Single(network, processor, name)
         equal = total = same = 0
         for sample in tqdm(samples, desc=name, unit="item"):
