@@ -1,4 +1,4 @@
-"""Runs `train/train.py` inside the test process (one import of torch for many runs) or as a process of its own."""
+"""The programs as modules; runs `train/train.py` inside the test process (one import of torch for many runs) or as a process of its own."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "train" / "recipes"
 
 
-def program() -> ModuleType:
-    """`train/train.py` as a module."""
-    spec = importlib.util.spec_from_file_location("train_program", ROOT / "train" / "train.py")
+def program(path: str = "train/train.py") -> ModuleType:
+    """A program of the tree as a module."""
+    spec = importlib.util.spec_from_file_location(f"{Path(path).stem}_program", ROOT / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import running
 
 from llava_collab.evaluation.ablate import VARIANCES
 from llava_collab.evaluation.records import LOSSES, RECORDS, RecordError, open_run, read_rows, write_rows
@@ -20,12 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def release() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("release_program", ROOT / "eval" / "release.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return running.program("eval/release.py")
 
 
 def write(folder: Path, name: str, score: float) -> None:
