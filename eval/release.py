@@ -100,7 +100,7 @@ class Check:
         """Share of equal tokens between recorded answers and those of the released model, fp32 on the CPU."""
         import torch
 
-        from llava_collab.models.build import cache_features, load
+        from llava_collab.models.build import feature_cache, load
         from llava_collab.types import Single
 
         suite = load_suite(SUITE)
@@ -109,9 +109,8 @@ class Check:
         if not samples:
             raise RecordError(f"{self.data_root} has no decision items; build them: llava-collab data build cmt-open --decision 70 ...")
         images = [image for sample in samples for image in sample.images]
-        cache_features(*load(self.checkpoints / name), images, 16)  # as the records were made: the tower in bf16, as in training
         network, processor = load(self.checkpoints / name, dtype=torch.float32)
-        cache_features(network, processor, images, 16)
+        processor.feature_cache = feature_cache(network, processor, images)
         model = Single(network, processor, name)
         equal = total = same = 0
         for sample in tqdm(samples, desc=name, unit="item"):

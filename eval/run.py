@@ -64,7 +64,7 @@ class Args:
     """Control: give every question the image of another sample that asks the same question."""
 
     feature_cache: bool = False
-    """Keep vision tower outputs in the local cache (the one that training uses), so that the next run with this tower skips it."""
+    """Keep vision tower outputs in the local cache (the one that training uses; computed in bf16), so that the next run with this tower skips it."""
 
     batch_size: int = 8
     """Questions answered at once."""
@@ -126,13 +126,13 @@ def _model(args: Args, name: str, train: list[Sample], samples: list[Sample]) ->
 
     import torch
 
-    from llava_collab.models.build import cache_features, load, pick_device
+    from llava_collab.models.build import feature_cache, load, pick_device
 
     network: Any
     network, processor = load(str(folder), dtype=None if args.dtype == "stored" else getattr(torch, args.dtype))
     network.to(pick_device(args.device))
     if args.feature_cache:
-        cache_features(network, processor, [image for sample in samples for image in sample.images], args.batch_size)
+        processor.feature_cache = feature_cache(network, processor, [image for sample in samples for image in sample.images], args.batch_size)
     identity["prompt_template_sha256"] = hashlib.sha256(str(processor.chat_template).encode()).hexdigest()
     return Single(network, processor, name), identity
 

@@ -236,7 +236,7 @@ class Ablate:
         from .evaluation.ablate import ablate
         from .evaluation.evaluator import choose
         from .evaluation.suite import load_suite
-        from .models.build import cache_features
+        from .models.build import feature_cache
         from .types import Single
 
         suite = load_suite(self.suite)
@@ -245,7 +245,7 @@ class Ablate:
         model = Single(network, processor, str(self.model))
         chosen = choose(samples, self.items_per_category, seed=0)
         if self.feature_cache:
-            cache_features(network, processor, [image for sample in chosen for image in sample.images], self.batch_size)
+            processor.feature_cache = feature_cache(network, processor, [image for sample in chosen for image in sample.images], self.batch_size)
         print(ablate(self.model, model, suite, chosen, suite.read("train", self.data_root), self.out, self.batch_size, self.conditions))
         return 0
 

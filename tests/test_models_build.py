@@ -14,7 +14,7 @@ from transformers import AutoProcessor, Dinov2Config, Dinov2Model, LlamaConfig, 
 
 from llava_collab.data.collate import Collator
 from llava_collab.models import HyperLlavaProcessor, LanguageExpertConfig
-from llava_collab.models.build import ModelSpec, build, extract_features, load, tower_key
+from llava_collab.models.build import ModelSpec, build, extract_features, feature_cache, load, tower_key
 from llava_collab.models.towers import IMAGENET_MEAN, IMAGENET_STD, FusedVisionConfig, FusedVisionModel
 from llava_collab.types import Request, Single, Turn
 
@@ -58,6 +58,19 @@ def test_a_checkpoint_comes_back_whole_under_any_name(tiny, folder: Path, tmp_pa
     assert torch.equal(again(**processor_again.encode_requests([request])).logits, expected)
     assert tower_key(again, processor_again) == tower_key(model, processor)
     assert again.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+
+
+def test_cached_features_are_the_same_whatever_the_dtype_of_the_model(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("LLAVA_COLLAB_CACHE", str(tmp_path / "cache"))
+    image = tmp_path / "a.png"
+    picture().save(image)
+    in_bf16, in_fp32 = load(folder, dtype=torch.bfloat16), load(folder, dtype=torch.float32)
+    assert tower_key(*in_bf16) == tower_key(*in_fp32)
+    written = feature_cache(*in_fp32, [image])
+    expected = extract_features(in_bf16[0], in_bf16[1].pixel_values([picture()]))[0]
+    assert torch.equal(written.get(image), expected)
+    assert torch.equal(feature_cache(*in_bf16, [image]).get(image), expected)
+    assert next(in_fp32[0].model.vision_tower.parameters()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "mismatched"])

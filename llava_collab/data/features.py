@@ -1,6 +1,7 @@
 """What a frozen vision tower sees, computed once: one bf16 safetensors file per picture, found by the picture's bytes.
 
-The tower and its preprocessing are named by `tower_key`, so features of one tower are never taken for those of another.
+The tower and its preprocessing are named by `tower_key`, so features of one tower are never taken for those of another;
+all are computed in bf16 (`models.build.feature_cache`).
 Shapes: N images, P image tokens, D width of the tower.
 """
 

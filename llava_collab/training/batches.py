@@ -14,13 +14,11 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from llava_collab.assets import cache_root
 from llava_collab.data.collate import Collator
 from llava_collab.data.dataset import ConversationDataset
-from llava_collab.data.features import FeatureCache
 from llava_collab.data.sampler import GroupedBatchSampler
 from llava_collab.data.samples import Sample, read_samples
-from llava_collab.models.build import extract_features, tower_key
+from llava_collab.models.build import feature_cache
 from llava_collab.training.recipe import DataRecipe, Recipe, RecipeError
 
 if TYPE_CHECKING:
@@ -110,9 +108,8 @@ def open_batches(recipe: Recipe, student: Student, accelerator: Accelerator) -> 
     samples = read_all(recipe.data)
     cache = None
     if recipe.data.feature_cache and not recipe.data.blind:
-        cache = FeatureCache(cache_root() / "features", tower_key(student.model, student.processor))
-        if accelerator.is_main_process:
-            _fill(cache, samples, student, accelerator, recipe.run.micro_batch_size)
+        images = dict.fromkeys(path for sample in samples for path in sample.images) if accelerator.is_main_process else ()
+        cache = feature_cache(student.model, student.processor, images, recipe.run.micro_batch_size)
         accelerator.wait_for_everyone()
     dataset = ConversationDataset(
         samples,
@@ -142,13 +139,3 @@ def read_all(data: DataRecipe) -> list[Sample]:
             found = [sample for sample in found if not wanted or getattr(sample, kind) in wanted]
         samples += found * file.repeat
     return samples
-
-
-def _fill(cache: FeatureCache, samples: list[Sample], student: Student, accelerator: Accelerator, batch_size: int) -> None:
-    def extract(images: list[Any]) -> Any:
-        return extract_features(student.model, student.processor.pixel_values(images).to(accelerator.device))
-
-    paths = dict.fromkeys(path for sample in samples for path in sample.images)
-    report = cache.fill(paths, extract, batch_size)
-    skipped = sum(len(names) for names in report.skipped.values())
-    accelerator.print(f"vision features in {cache.folder}: {report.computed} computed, {report.cached} were there, {skipped} unreadable")
