@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from llava_collab.evaluation import report
-from llava_collab.evaluation.baselines import Majority
+from llava_collab.evaluation.baselines import BASELINES
 from llava_collab.evaluation.controls import blind, permute_images
 from llava_collab.evaluation.environment import environment
 from llava_collab.evaluation.evaluator import Summary, choose, evaluate
@@ -34,7 +34,8 @@ class Args:
     """Evaluate a model on a suite, resumably, one record a sample."""
 
     model: str
-    """A model folder (config.json + *.safetensors), or `majority`: the most frequent training answer of each family."""
+    """A model folder (config.json + *.safetensors), or a baseline: `majority` (most frequent training answer of each family), `blind` (the
+    best guesser that sees the question only), `ocr` (OCR + rules, else a guess), `oracle` (rules that know what was drawn)."""
 
     suite: Path
     """What is measured and how: eval/suites/cmt-open.yaml or eval/suites/real.yaml."""
@@ -118,8 +119,8 @@ def main(args: Args) -> Summary:
 
 def _model(args: Args, name: str, train: list[Sample], samples: list[Sample]) -> tuple[Model, dict[str, Any]]:
     """The model and what identifies it: hash of its folder, of its chat template, its number type."""
-    if args.model == "majority":
-        return Majority(train, samples, name), {"model_sha256": None, "prompt_template_sha256": None, "dtype": None}
+    if args.model in BASELINES:
+        return BASELINES[args.model](train, samples, name), {"model_sha256": None, "prompt_template_sha256": None, "dtype": None}
     folder = Path(args.model)
     # Cached features are bf16, which can move an answer.
     identity = {"model_sha256": model_sha256(folder), "dtype": args.dtype, "cached_features": args.feature_cache}

@@ -105,9 +105,11 @@ class DataBuild:
     """test items in unseen phrasing"""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     """processes"""
+    shard_items: int = 0
+    """also write WebDataset shards of so many items (0: none)"""
 
     def run(self) -> int:
-        from .cmt import build_cmt
+        from .cmt import build_cmt, write_shards
 
         if self.name != "cmt-open":
             print(f"no benchmark {self.name!r}; there is: cmt-open", file=sys.stderr)
@@ -123,6 +125,8 @@ class DataBuild:
             workers=self.workers,
         )
         print(f"built {folder}")
+        if self.shard_items:
+            print(f"wrote {write_shards(folder, self.shard_items)}")
         return 0
 
 

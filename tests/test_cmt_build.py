@@ -1,15 +1,23 @@
 """The build of CMT-open from a miniature of the assets: splits apart, same bytes every time, resumable, answers that fit the pictures."""
 
+import io
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from test_cmt_sources import make_assets
 
-from llava_collab.cmt import CATEGORIES, SPLITS, build_cmt, contact_sheet
+from llava_collab.cmt import CATEGORIES, SPLITS, build_cmt, contact_sheet, write_shards
+from llava_collab.cmt import build as build_module
+from llava_collab.cmt.build import _pixels
 from llava_collab.cmt.families import BY_NAME
 from llava_collab.cmt.items import pool_of
 from llava_collab.cmt.sources import read_world
@@ -56,7 +64,7 @@ def test_rows_are_well_formed_and_images_exist(built):
         assert human["value"].count("<image>") == len(row["image"]) >= 1
         assert gpt["value"] == row["answers"][0] != "" and len(set(row["answers"])) == len(row["answers"])
         assert all((built / name).is_file() for name in row["image"])
-        assert len(human["value"].replace("<image>", "").split()) <= 45 and len(gpt["value"].split()) <= 45
+        assert len(human["value"].replace("<image>", "").split()) <= 45 and len(gpt["value"].split()) <= 60
     sizes = {Image.open(built / name).size for row in rows for name in row["image"]}
     assert sizes == {(224, 224)}
 
@@ -97,10 +105,15 @@ def test_templates_of_test_template_are_its_own(built):
 
 def test_scorer_fields(built):
     for row in every_row(built):
-        if row["family"] in ("inventory", "inventory_part"):
-            assert all(part in row["answers"][0] for part in row["checklist"])
-        if row["family"] in ("story", "ending"):
-            assert len(row["image"]) == 3 and all(beat in row["answers"][0] for beat in row["beats"])
+        if row["category"] == "Detailed Description":
+            text = row["answers"][0].lower()
+            assert all(phrase in text for phrases in row["checklist"].values() for phrase in phrases)
+        if row["family"] == "inventory":
+            assert set(row["checklist"]) == {"objects", "attributes", "relations", "counts"}
+        if row["category"] == "Visual Storytelling":
+            sentences = re.findall(r"[^.]+\.", row["answers"][0])
+            assert len(row["image"]) == 3 and len(sentences) == len(row["beats"]) == {"story": 3}.get(row["family"], 1)
+            assert all(word in sentence for beat, sentence in zip(row["beats"], sentences, strict=True) for word in beat)
         if "choices" in row:
             assert set(row["answers"]) & set(row["choices"]) and len(set(row["choices"])) == len(row["choices"])
 
@@ -146,10 +159,76 @@ def test_other_sources_start_afresh(built, world, tmp_path):
 
 def test_manifest_and_card(built):
     manifest = json.loads((built / "manifest.json").read_text(encoding="utf8"))
-    assert manifest["splits"]["train"]["items"] == SIZES["train"] and len(manifest["splits"]["train"]["sha256"]) == 64
+    assert manifest["splits"]["train"]["items"] == SIZES["train"] and len(manifest["content_sha256"]) == 64
     assert not set(manifest["train_backgrounds"]) & set(manifest["test_backgrounds"])
     assert manifest["licences"]["tuxpaint-stamps-default"] == "GPL-2.0"
     assert "CMT-open" in (built / "README.md").read_text(encoding="utf8")
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from test_cmt_sources import make_assets
+from llava_collab.cmt import build_cmt
+from llava_collab.cmt.sources import read_world
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    build_cmt(out / "cmt", train=28, val=0, test=14, decision=0, test_object=7, test_template=7, workers=2, world=read_world(make_assets(out)))
+"""
+
+
+def test_the_content_hash_depends_on_the_items_alone(world, tmp_path):
+    """Other temporary folder, time zone, locale, hash seed, worker count and asset folder: the same hash over rows and decoded pixels."""
+    mine = build_cmt(
+        tmp_path / "cmt", train=28, val=0, test=14, decision=0, test_object=7, test_template=7, workers=1, world=world
+    )
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "build.py").write_text(BUILD)
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    changes = {"TMPDIR": str(tmp_path / "tmp"), "TZ": "Asia/Tokyo", "LC_ALL": "C", "PYTHONHASHSEED": "7", "PYTHONPATH": paths}
+    subprocess.run([sys.executable, tmp_path / "build.py", tmp_path / "other"], check=True, env={**os.environ, **changes}, capture_output=True)
+    hashes = [json.loads((folder / "manifest.json").read_text())["content_sha256"] for folder in (mine, tmp_path / "other" / "cmt")]
+    assert hashes[0] == hashes[1]
+    image = sorted((mine / "images/test").rglob("*.webp"))[0]
+    with Image.open(image) as opened:
+        Image.eval(opened.convert("RGB"), lambda level: level ^ 1).save(image, lossless=True)
+    assert _pixels(io.BytesIO(image.read_bytes())) not in (mine / "parts").joinpath("test--caption.jsonl").read_text()
+
+
+def test_a_changed_package_is_named(world, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(build_module, "PUBLISHED", world.packages)
+    assert build_module.changed_packages(world) == []
+    files = {name: "0" * 64 if name.startswith("kalzium-data") else sha for name, sha in world.files.items()}
+    changed = replace(world, files=files)
+    assert build_module.changed_packages(changed) == ["kalzium-data"]
+    monkeypatch.setattr(build_module, "read_world", lambda: changed)
+    folder = build_cmt(tmp_path, train=0, val=7, test=0, decision=0, test_object=0, test_template=0, workers=1)
+    assert "kalzium-data" in caplog.text
+    assert json.loads((folder / "manifest.json").read_text())["changed_packages"] == ["kalzium-data"]
+
+
+def test_shards_hold_every_item_with_its_pictures(built, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    copy = tmp_path / "copy"
+    shutil.copytree(built, copy)
+    index = json.loads(write_shards(copy, per_shard=50).read_text())
+    first = {name: (copy / "shards" / name).read_bytes() for name in index}
+    assert [entry["items"] for name, entry in index.items() if name.startswith("train-")] == [50, 50, 40]
+    rows = {row["id"]: row for row in rows_of(built, "train")}
+    samples = list(webdataset.WebDataset([str(copy / "shards" / name) for name in index if name.startswith("train-")], shardshuffle=False))
+    assert {sample["__key__"] for sample in samples} == set(rows) and len(samples) == len(rows)
+    for sample in samples:
+        row, written = rows[sample["__key__"]], json.loads(sample["json"])
+        pictures = [sample[name.removeprefix(f"{row['id']}.")] for name in written["image"]]
+        assert pictures == [(built / file).read_bytes() for file in row["image"]]
+        assert written["conversations"] == row["conversations"]
+    gone = copy / "shards" / "test-000000.tar"
+    kept = copy / "shards" / "train-000001.tar"
+    gone.unlink()
+    before = kept.stat().st_mtime_ns
+    write_shards(copy, per_shard=50)
+    assert kept.stat().st_mtime_ns == before and {name: (copy / "shards" / name).read_bytes() for name in index} == first
+    assert len(json.loads(write_shards(copy, per_shard=200).read_text())) == len(list((copy / "shards").glob("*.tar"))) == 6
 
 
 def test_bad_arguments(world, tmp_path):

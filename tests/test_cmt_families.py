@@ -1,5 +1,6 @@
 """What the questions of CMT-open claim: splits as pure functions, truth of the scenes, balance of the answers."""
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -8,10 +9,12 @@ from PIL import Image
 from test_cmt_sources import make_assets
 
 from llava_collab.cmt import catalogue, scenes, splits
+from llava_collab.cmt.draw import LEAST_TEXT
 from llava_collab.cmt.families import BY_NAME
 from llava_collab.cmt.families import spatial as spatial_module
 from llava_collab.cmt.items import pool_of
-from llava_collab.cmt.phrases import PHRASES, with_article
+from llava_collab.cmt.oracle import Unsolved, solve
+from llava_collab.cmt.phrases import phrases, with_article
 from llava_collab.cmt.sources import read_world
 from llava_collab.cmt.splits import group_rng
 
@@ -29,6 +32,19 @@ def questions(world):
         name: [question for g in range(600) for question in BY_NAME[name].make(pool, group_rng(name, "test", g), 1).questions]
         for name in ("Visual QA", "Spatial Inference", "Text-Rich Images QA")
     }
+
+
+@pytest.fixture(scope="module")
+def every_question(world):
+    """Category -> [(question, truths of its pictures)], from the split with the most wordings to go wrong and from train."""
+    found = {name: [] for name in BY_NAME}
+    for split in ("train", "test-template"):
+        pool = pool_of(world, split)
+        for name, category in BY_NAME.items():
+            for number in range(120):
+                group = category.make(pool, group_rng(name, split, number), 1)
+                found[name] += [(question, [group.truths[i] for i in question.images]) for question in group.questions]
+    return found
 
 
 def test_seeds_depend_on_category_split_and_group_only():
@@ -65,10 +81,37 @@ def test_split_rules():
     assert [split for split in splits.SPLITS if splits.uses_held_out_phrases(split)] == ["test-template"]
 
 
-def test_phrases_are_disjoint_and_short():
-    for family, (known, held_out) in PHRASES.items():
-        assert known and held_out and not set(known) & set(held_out), family
+def test_every_family_has_ten_wordings_in_two_disjoint_sets():
+    for family, worded in phrases().items():
+        known, held_out = worded["known"], worded["held_out"]
+        assert len(known) >= 7 and len(held_out) >= 3 and len({*known, *held_out}) == len(known) + len(held_out), family
         assert all(len(text.split()) <= 20 for text in known + held_out), family
+        slots = [frozenset(re.findall(r"{(\w)}", text)) for text in known + held_out]
+        assert len(set(slots)) == 1, f"{family}: a wording without one of the slots asks something else"
+
+
+def test_every_category_has_three_families_or_more(every_question):
+    assert all(len({question.family for question, _ in found}) >= 3 for found in every_question.values())
+
+
+def test_the_oracle_answers_every_family_from_the_truth_alone(every_question):
+    """Independent rules lead from wording, slots and truth to the answer: nothing asked is ambiguous, or wrong."""
+    for found in every_question.values():
+        for question, truths in found:
+            answer = solve(question.family, question.asked.slots, truths)
+            assert answer.lower() in {text.lower() for text in question.answers}, (question.asked, question.answers, answer)
+            if question.family.startswith("chart"):
+                with pytest.raises(Unsolved):
+                    solve(question.family, question.asked.slots, [{"rows": []}] if question.family != "chart_count" else [{}])
+
+
+def test_print_has_a_stated_size(every_question):
+    sizes = [size for found in every_question.values() for _, truths in found for truth in truths for _, size in _print(truth)]
+    assert len(sizes) > 500 and min(sizes) >= LEAST_TEXT
+
+
+def _print(truth):
+    return truth["text"] if isinstance(truth.get("text"), list) else []
 
 
 def test_article():

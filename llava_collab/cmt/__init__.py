@@ -6,7 +6,8 @@ figure measured on this set may be compared with a published one. Only the gener
 
 from llava_collab.cmt.build import build_cmt
 from llava_collab.cmt.families import CATEGORIES
+from llava_collab.cmt.shards import write_shards
 from llava_collab.cmt.sheet import contact_sheet
 from llava_collab.cmt.splits import SPLITS
 
-__all__ = ["CATEGORIES", "SPLITS", "build_cmt", "contact_sheet"]
+__all__ = ["CATEGORIES", "SPLITS", "build_cmt", "contact_sheet", "write_shards"]

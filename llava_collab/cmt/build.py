@@ -10,26 +10,33 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import multiprocessing
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import PIL
+from PIL import Image
 from tqdm import tqdm
 
 from llava_collab.cmt.families import BY_NAME, CATEGORIES, Category
-from llava_collab.cmt.items import SIZE, Pool, Question, pool_of
+from llava_collab.cmt.items import SIZE, Group, Pool, Question, pool_of
 from llava_collab.cmt.sources import PACKAGES, World, read_world
 from llava_collab.cmt.splits import SPLITS, group_rng
-from llava_collab.files import write_bytes
+from llava_collab.files import write_bytes, write_json, write_text
 
-VERSION = "1.0"  # raise it whenever a change alters any item: finished parts of another version are not reused
+log = logging.getLogger(__name__)
+VERSION = "2.0"  # raise it whenever a change alters any item: finished parts of another version are not reused
+
+PUBLISHED: dict[str, str] = json.loads(Path(__file__).with_name("packages.json").read_text(encoding="utf-8"))
+"""Package -> hash of the files that edition VERSION uses of it."""
 
 Task = tuple[str, str, int]  # split, category, group
+Drawn = dict[str, dict[str, Any]]  # image file -> its size in bytes and the hash of its decoded pixels
 
 
 def build_cmt(
@@ -52,7 +59,10 @@ def build_cmt(
     sizes = dict(zip(SPLITS, (train, val, test, decision, test_object, test_template), strict=True))
     if min(sizes.values()) < 0 or workers < 1:
         raise ValueError(f"sizes must not be negative and workers must be positive, got {sizes} and workers={workers}")
+    published = world is None
     world = world or read_world()
+    if published and (changed := changed_packages(world)):
+        log.warning("not the files that edition %s was published with: %s; the items made of them will differ", VERSION, ", ".join(changed))
     out = Path(out)
     (out / "parts").mkdir(parents=True, exist_ok=True)
     quotas = {(split, name): _quota(sizes[split], index) for split in SPLITS for index, name in enumerate(CATEGORIES)}
@@ -71,7 +81,8 @@ def build_cmt(
     summary = {}
     for split in SPLITS:
         rows = list(_interleaved([parts[split, name].rows(quotas[split, name]) for name in CATEGORIES])) if sizes[split] else []
-        summary[split] = _write_split(out, split, rows)
+        pixels = {file: sha for name in CATEGORIES if sizes[split] for file, sha in parts[split, name].pixels.items()}
+        summary[split] = _write_split(out, split, rows, pixels)
     _write_manifest(out, world, summary)
     return out
 
@@ -101,6 +112,7 @@ class _Part:
     def __init__(self, out: Path, split: str, category: Category, fingerprint: str) -> None:
         self.path = out / "parts" / f"{split}--{category.slug}.jsonl"
         self.groups: dict[int, list[dict[str, Any]]] = {}
+        self.pixels: dict[str, str] = {}
         lines = self.path.read_text(encoding="utf8").splitlines() if self.path.exists() else []
         good = self._reuse(out, lines[1:]) if lines and lines[0] == json.dumps({"fingerprint": fingerprint}) else []
         write_bytes(self.path, "".join(line + "\n" for line in [json.dumps({"fingerprint": fingerprint}), *good]).encode())
@@ -114,13 +126,15 @@ class _Part:
             except json.JSONDecodeError:
                 continue  # the line during which an earlier build was stopped
             files = record["images"].items()
-            if all((out / name).is_file() and (out / name).stat().st_size == size for name, size in files):
+            if all((out / name).is_file() and (out / name).stat().st_size == drawn["bytes"] for name, drawn in files):
                 self.groups[record["group"]] = record["rows"]
+                self.pixels |= {name: drawn["pixels"] for name, drawn in files}
                 good.append(line)
         return good
 
-    def add(self, group: int, images: dict[str, int], rows: list[dict[str, Any]]) -> None:
+    def add(self, group: int, images: Drawn, rows: list[dict[str, Any]]) -> None:
         self.groups[group] = rows
+        self.pixels |= {name: drawn["pixels"] for name, drawn in images.items()}
         self.handle.write(json.dumps({"group": group, "images": images, "rows": rows}, ensure_ascii=False) + "\n")
         self.handle.flush()
 
@@ -141,7 +155,7 @@ class _Maker:
     def __post_init__(self) -> None:
         self.pools: dict[str, Pool] = {}
 
-    def __call__(self, task: Task) -> tuple[Task, dict[str, int], list[dict[str, Any]]]:
+    def __call__(self, task: Task) -> tuple[Task, Drawn, list[dict[str, Any]]]:
         split, name, number = task
         if split not in self.pools:
             self.pools[split] = pool_of(self.world, split)
@@ -151,20 +165,20 @@ class _Maker:
         if len(group.questions) != count:
             raise RuntimeError(f"{name} made {len(group.questions)} questions instead of {count} for group {number} of {split}")
         files = []
-        sizes = {}
+        drawn = {}
         for index, image in enumerate(group.images):
             file = f"images/{split}/{category.slug}/{number:06d}-{index}.webp"
             buffer = io.BytesIO()
             image.save(buffer, "WEBP", quality=90, method=2)
             write_bytes(self.out / file, buffer.getvalue(), durable=False)  # a resumed build checks sizes
             files.append(file)
-            sizes[file] = len(buffer.getvalue())
-        rows = [_row(question, category, split, number * count + index, files) for index, question in enumerate(group.questions)]
-        return task, sizes, rows
+            drawn[file] = {"bytes": len(buffer.getvalue()), "pixels": _pixels(buffer)}
+        rows = [_row(question, group, category, split, number * count + index, files) for index, question in enumerate(group.questions)]
+        return task, drawn, rows
 
 
-def _row(question: Question, category: Category, split: str, index: int, files: list[str]) -> dict[str, Any]:
-    """One line in LLaVA's format: one `<image>` mark per picture in front of the question."""
+def _row(question: Question, group: Group, category: Category, split: str, index: int, files: list[str]) -> dict[str, Any]:
+    """One line in LLaVA's format: one `<image>` mark per picture in front of the question; `truth` says what each picture shows."""
     images = [files[image] for image in question.images]
     prompt = "<image>\n" * len(images) + question.prompt
     row: dict[str, Any] = {
@@ -173,13 +187,15 @@ def _row(question: Question, category: Category, split: str, index: int, files: 
         "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": question.answers[0]}],
         "category": category.name,
         "family": question.family,
-        "template": question.template,
+        "template": question.asked.template,
+        "slots": question.asked.slots,
         "answers": list(dict.fromkeys(question.answers)),
         "objects": list(question.objects),
         "split": split,
+        "truth": [group.truths[image] for image in question.images],
     }
     extra = {"choices": question.choices, "checklist": question.checklist, "beats": question.beats}
-    return row | {key: list(value) for key, value in extra.items() if value}
+    return row | {key: value for key, value in extra.items() if value}
 
 
 _MAKER: _Maker | None = None
@@ -190,13 +206,13 @@ def _start_worker(world: World, out: Path) -> None:
     _MAKER = _Maker(world, out)
 
 
-def _work(task: Task) -> tuple[Task, dict[str, int], list[dict[str, Any]]]:
+def _work(task: Task) -> tuple[Task, Drawn, list[dict[str, Any]]]:
     if _MAKER is None:
         raise RuntimeError("worker used before it was started")
     return _MAKER(task)
 
 
-def _run(tasks: list[Task], world: World, out: Path, workers: int) -> Iterator[tuple[Task, dict[str, int], list[dict[str, Any]]]]:
+def _run(tasks: list[Task], world: World, out: Path, workers: int) -> Iterator[tuple[Task, Drawn, list[dict[str, Any]]]]:
     """Results in the order of the tasks. Processes are spawned, not forked: the caller may hold threads (torch does)."""
     if workers == 1 or len(tasks) < 2:
         yield from map(_Maker(world, out), tasks)
@@ -214,14 +230,22 @@ def _interleaved(columns: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]
                 yield column[index]
 
 
-def _write_split(out: Path, split: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    rows = list(rows)
+def _pixels(file: io.BytesIO) -> str:
+    """SHA-256 of the decoded RGB pixels and their size: what a model sees, however the file was encoded."""
+    with Image.open(file) as opened:
+        image = opened.convert("RGB")
+    return _sha(f"{image.width}x{image.height}".encode() + image.tobytes())
+
+
+def _write_split(out: Path, split: str, rows: list[dict[str, Any]], pixels: dict[str, str]) -> dict[str, Any]:
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     write_bytes(out / f"{split}.jsonl", data)
+    images = sorted({image for row in rows for image in row["image"]})
     return {
         "items": len(rows),
-        "images": len({image for row in rows for image in row["image"]}),
-        "sha256": _sha(data),
+        "images": len(images),
+        "rows_sha256": _sha(data),
+        "pixels_sha256": _sha("".join(f"{image} {pixels[image]}\n" for image in images).encode()),
         "categories": dict(Counter(row["category"] for row in rows)),
         "families": dict(sorted(Counter(row["family"] for row in rows).items())),
     }
@@ -231,10 +255,12 @@ def _write_manifest(out: Path, world: World, summary: dict[str, Any]) -> None:
     pools = {split: pool_of(world, split) for split in ("train", "test", "test-object")}
     manifest = {
         "name": "CMT-open",
-        "generator_version": VERSION,
-        "pillow": PIL.__version__,
+        "edition": VERSION,
+        "content_sha256": _sha(json.dumps([[s, i["rows_sha256"], i["pixels_sha256"]] for s, i in summary.items()]).encode()),
         "image_size": SIZE,
         "licences": PACKAGES,
+        "packages_sha256": world.packages,
+        "changed_packages": changed_packages(world),
         "known_things": len(pools["train"].things),
         "unseen_things": len(pools["test-object"].things),
         "train_backgrounds": [background.name for background in pools["train"].backgrounds],
@@ -242,10 +268,15 @@ def _write_manifest(out: Path, world: World, summary: dict[str, Any]) -> None:
         "splits": summary,
         "source_files": dict(sorted(world.files.items())),
     }
-    write_bytes(out / "manifest.json", (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(out / "manifest.json", manifest)
     rows = [f"| {split} | {info['items']} | {info['images']} |" for split, info in summary.items()]
     licences = [f"- {package}: {licence}" for package, licence in PACKAGES.items()]
-    card = ["# CMT-open", "", f"Generator {VERSION}; see `data/README.md` of the repository for what this set can and can not show.", ""]
+    card = ["# CMT-open", "", f"Edition {VERSION}; see `data/README.md` of the repository for what this set can and can not show.", ""]
     card += ["| split | items | images |", "| --- | ---: | ---: |", *rows, ""]
     card += ["Made from (the pictures inherit these licences):", "", *licences]
-    write_bytes(out / "README.md", ("\n".join(card) + "\n").encode())
+    write_text(out / "README.md", "\n".join(card) + "\n")
+
+
+def changed_packages(world: World) -> list[str]:
+    """Packages whose files are not those that this edition was published with; their pictures, hence the hashes, will differ."""
+    return sorted(name for name, sha in PUBLISHED.items() if world.packages.get(name) != sha)

@@ -17,6 +17,7 @@ Font = ImageFont.FreeTypeFont
 _CUTOUT_SIDE = 200  # no cutout is ever drawn larger
 _BACKGROUND_SIDE = 320
 _FAINT = 24
+LEAST_TEXT = 14  # pixels of the face; smaller print can not be relied on at 224 pixels
 _LEAST_CONTRAST = 45  # grey levels between a cutout and what lies behind it
 
 
@@ -88,8 +89,8 @@ def _font(path: str, size: int) -> Font:
 
 
 def fitting_font(path: str, text: str, width: float, height: float, largest: int = 72) -> Font:
-    """The largest size at which `text` stays inside width x height pixels (not below 12 px)."""
-    low, high = 12, largest
+    """The largest size at which `text` stays inside width x height pixels (not below LEAST_TEXT)."""
+    low, high = LEAST_TEXT, largest
     while low < high:
         middle = (low + high + 1) // 2
         left, top, right, bottom = font(path, middle).getbbox(text)
@@ -100,8 +101,11 @@ def fitting_font(path: str, text: str, width: float, height: float, largest: int
     return font(path, low)
 
 
-def centred_text(draw: ImageDraw.ImageDraw, box: Box, text: str, face: str, colour: str, largest: int = 72) -> None:
-    """Draw `text` in the middle of `box`, as large as fits; a text of several words takes two lines where that makes it larger."""
+def centred_text(draw: ImageDraw.ImageDraw, box: Box, text: str, face: str, colour: str, largest: int = 72) -> int:
+    """Draw `text` in the middle of `box`, as large as fits; a text of several words takes two lines where that makes it larger.
+
+    Returns the size of the face in pixels.
+    """
     x0, y0, x1, y1 = box
     words = text.split()
     best = (fitting_font(face, text, x1 - x0, y1 - y0, largest), text)
@@ -112,3 +116,4 @@ def centred_text(draw: ImageDraw.ImageDraw, box: Box, text: str, face: str, colo
         if chosen.size > best[0].size:
             best = (chosen, lines)
     draw.multiline_text(((x0 + x1) / 2, (y0 + y1) / 2), best[1], font=best[0], fill=colour, anchor="mm", align="center")
+    return round(best[0].size)

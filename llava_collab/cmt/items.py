@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from PIL import Image
 
 from llava_collab.cmt import elements, splits
 from llava_collab.cmt.photos import Photo
-from llava_collab.cmt.phrases import phrase
+from llava_collab.cmt.phrases import Asked, phrase
 from llava_collab.cmt.sources import Background, Country, RegionMap, Thing, World
 from llava_collab.cmt.tables import Table
 from llava_collab.cmt.words import GOODS, SIGN_WORDS
@@ -19,25 +21,36 @@ SIZE = 224  # pixels: what the small vision towers see, so that nothing is lost 
 
 @dataclass(frozen=True)
 class Question:
-    """One item about the pictures `images` (indices into the group's); `answers` are all accepted references, the first is taught."""
+    """One item about the pictures `images` (indices into the group's); `answers` are all accepted references, the first is taught.
 
-    family: str
-    template: str
-    prompt: str
+    `checklist` maps a kind (objects, attributes, relations, counts, facts) to the phrases that a description has to hold; `beats` are
+    what a story has to tell, in order, each by the words that one sentence must hold.
+    """
+
+    asked: Asked
     answers: tuple[str, ...]
     objects: tuple[str, ...] = ()
     images: tuple[int, ...] = (0,)
     choices: tuple[str, ...] = ()
-    checklist: tuple[str, ...] = ()
-    beats: tuple[str, ...] = ()
+    checklist: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    beats: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def family(self) -> str:
+        return self.asked.family
+
+    @property
+    def prompt(self) -> str:
+        return self.asked.prompt
 
 
 @dataclass(frozen=True)
 class Group:
-    """Pictures and the questions that share them."""
+    """Pictures, the questions that share them, and for each picture what is known to be in it (JSON values)."""
 
     images: tuple[Image.Image, ...]
     questions: tuple[Question, ...]
+    truths: tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -56,8 +69,8 @@ class Pool:
     goods: tuple[str, ...]
     fonts: tuple[str, ...]
 
-    def ask(self, rng: random.Random, family: str, **slots: str) -> tuple[str, str]:
-        """(template id, prompt) in the wording of this split."""
+    def ask(self, rng: random.Random, family: str, **slots: str) -> Asked:
+        """The question in a wording of this split."""
         return phrase(family, splits.uses_held_out_phrases(self.split), rng, **slots)
 
     def things_apart(self, rng: random.Random, count: int, *, avoid: frozenset[str] = frozenset(), group: str = "") -> list[Thing]:

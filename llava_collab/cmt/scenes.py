@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
@@ -60,6 +61,11 @@ class Scene:
 
     image: Image.Image
     placed: tuple[Placed, ...]
+
+    @property
+    def truth(self) -> dict[str, Any]:
+        """What was drawn, as JSON values: boxes are (x0, y0, x1, y1) in pixels."""
+        return {"objects": [{"name": one.thing.name, "box": list(one.box), "large": one.large} for one in self.placed]}
 
     @property
     def names(self) -> tuple[str, ...]:

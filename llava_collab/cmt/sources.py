@@ -98,6 +98,14 @@ class World:
     fonts: tuple[str, ...]  # plain, legible faces first
     files: dict[str, str] = field(default_factory=dict)  # "package:path" -> SHA-256 of every file used
 
+    @property
+    def packages(self) -> dict[str, str]:
+        """One SHA-256 a package, over the names and hashes of its files that are used."""
+        lines: dict[str, list[str]] = {}
+        for name, sha in sorted(self.files.items()):
+            lines.setdefault(name.split(":", 1)[0], []).append(f"{name} {sha}\n")
+        return {package: hashlib.sha256("".join(found).encode()).hexdigest() for package, found in lines.items()}
+
 
 class _Ledger:
     """Hashes each file that is used, under a name without the machine's own folders."""

@@ -1,46 +1,199 @@
-"""Baselines without a network: what guessing from the training answers alone is worth."""
+"""Baselines without a network: guessing from the training answers, reading by OCR and rules, and rules that know what was drawn.
+
+A request carries no family, so each baseline is told which questions it will be asked; `Majority` and `Blind` never see their answers
+or pictures. An oracle below 95 means a faulty family; a blind guesser far above chance means one that needs no picture.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from llava_collab.cmt.oracle import solve
+from llava_collab.data.conversation import IMAGE_MARK
 from llava_collab.evaluation.metrics import references
+from llava_collab.evaluation.reading import Reader, read_lines, reads
+from llava_collab.evaluation.text import words_of
 from llava_collab.types import Answer, Request, Usage
 
 if TYPE_CHECKING:
     from llava_collab.data.samples import Sample
 
+Guess = Callable[["Sample"], str]
 
-class Majority:
-    """A `Model` that gives the most frequent training answer of the question's family, or of its category where the family is new.
 
-    A request carries no family, so the baseline is told which question is of which family; it never sees their answers.
-    """
+@dataclass
+class Baseline:
+    """A `Model` that answers each sample it was told of by a function of the sample. `answer` raises ValueError where it can't."""
 
-    def __init__(self, train: Iterable[Sample], asked: Iterable[Sample], name: str = "majority") -> None:
-        """Fit on `train`; `asked` are the samples it will be asked. Raises ValueError without training samples."""
-        self.name = name
-        counts: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
-        for sample in train:
-            for answer in references(sample)[:1]:
-                counts[sample.category, sample.family][answer] += 1
-                counts[sample.category,][answer] += 1
-        if not counts:
-            raise ValueError("the majority baseline needs training samples; name a train file in the suite")
-        # Ties go to the alphabetically first answer, so that the baseline is a constant of the data.
-        self._answers = {key: min(counter, key=lambda answer: (-counter[answer], answer)) for key, counter in counts.items()}
-        self._families = {sample.id: (sample.category, sample.family) for sample in asked}
+    name: str
+    asked: Mapping[str, Sample]
+    answer: Guess
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        return [self._answer(request) for request in requests]
+        return [self._one(request) for request in requests]
 
-    def _answer(self, request: Request) -> Answer:
-        if request.id not in self._families:
-            return Answer("", model=self.name, error=f"majority: {request.id!r} is not among the questions it was told of")
-        category, family = self._families[request.id]
-        text = self._answers.get((category, family)) or self._answers.get((category,))
-        if text is None:
-            return Answer("", model=self.name, error=f"majority: no training answer of category {category!r}")
+    def _one(self, request: Request) -> Answer:
+        if request.id not in self.asked:
+            return Answer("", model=self.name, error=f"{self.name}: {request.id!r} is not among the questions it was told of")
+        try:
+            text = self.answer(self.asked[request.id])
+        except ValueError as error:
+            return Answer("", model=self.name, error=f"{self.name}: {error}")
         return Answer(text, Usage(calls=1, images=len(request.images)), self.name)
+
+
+def majority(train: Iterable[Sample], asked: Iterable[Sample], name: str = "majority") -> Baseline:
+    """The most frequent training answer of the question's family, or of its category where the family is new."""
+    return Baseline(name, _by_id(asked), partial(_most_frequent, _counts(train)))
+
+
+def blind(train: Sequence[Sample], asked: Iterable[Sample], name: str = "blind guesser") -> Baseline:
+    """The best of several guessers that see the question's text alone, chosen family by family.
+
+    They are: the most frequent answer of the family; that of the same prompt; naive Bayes over the prompt's words; the first and the
+    last of the options; and, among the options, the one that is right most often. Which one a family gets is decided by fitting on one half
+    of its training items and trying on the other.
+    """
+    families: dict[tuple[str, str], list[Sample]] = defaultdict(list)
+    for sample in train:
+        families[sample.category, sample.family].append(sample)
+    counts = _counts(train)
+    guessers: dict[tuple[str, str], Guess] = {}
+    for key, samples in families.items():
+        fitted, tried = samples[::2], samples[1::2] or samples
+        scores = {kind: sum(_right(guess, sample) for sample in tried) for kind, guess in _guessers(fitted).items()}
+        guessers[key] = _guessers(samples)[max(scores, key=lambda kind: scores[kind])]
+    fallback = partial(_most_frequent, counts)
+    return Baseline(name, _by_id(asked), lambda sample: guessers.get((sample.category, sample.family), fallback)(sample))
+
+
+def oracle(train: Sequence[Sample], asked: Iterable[Sample], name: str = "oracle") -> Baseline:
+    """`cmt.oracle` on the truth that CMT-open's items carry."""
+
+    def answer(sample: Sample) -> str:
+        if "truth" not in sample.meta:
+            raise ValueError(f"{sample.id} carries no truth: the oracle answers CMT-open, second edition, only")
+        return solve(sample.family, sample.meta["slots"], sample.meta["truth"])
+
+    return Baseline(name, _by_id(asked), answer)
+
+
+def ocr_rules(train: Sequence[Sample], asked: Iterable[Sample], name: str = "OCR + rules") -> Baseline:
+    """`cmt.oracle`'s rules on what an OCR engine reads of the first picture; the blind guess where that says nothing."""
+    told = _by_id(asked)
+    guess = blind(train, told.values()).answer
+    reader = Reader(train)
+
+    def answer(sample: Sample) -> str:
+        if not reads(sample.family) or not sample.images:
+            return guess(sample)
+        try:
+            return solve(sample.family, sample.meta["slots"], [reader.truth(sample.family, read_lines(sample.images[0]))])
+        except ValueError:
+            return guess(sample)
+
+    return Baseline(name, told, answer)
+
+
+def _by_id(asked: Iterable[Sample]) -> dict[str, Sample]:
+    return {sample.id: sample for sample in asked}
+
+
+Counts = Mapping[tuple[str, ...], Counter[str]]
+
+
+def _counts(train: Iterable[Sample]) -> Counts:
+    """How often each first reference occurs, by (category, family) and by category. Raises ValueError without training samples."""
+    counts: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    for sample in train:
+        for answer in references(sample)[:1]:
+            counts[sample.category, sample.family][answer] += 1
+            counts[sample.category,][answer] += 1
+    if not counts:
+        raise ValueError("this baseline needs training samples; name a train file in the suite")
+    return counts
+
+
+def _most_frequent(counts: Counts, sample: Sample) -> str:
+    counter = counts.get((sample.category, sample.family)) or counts.get((sample.category,))
+    if not counter:
+        raise ValueError(f"no training answer of category {sample.category!r}")
+    return _top(counter)
+
+
+def _top(counter: Mapping[str, float]) -> str:
+    """Ties go to the alphabetically first answer, so that a baseline is a constant of the data."""
+    return min(counter, key=lambda answer: (-counter[answer], answer))
+
+
+def _prompt(sample: Sample) -> str:
+    return " ".join(turn.text for turn in sample.request().turns).replace(IMAGE_MARK, "").strip()
+
+
+def _options(sample: Sample) -> list[str]:
+    """The options in the order in which the prompt names them; those that it doesn't name come last."""
+    prompt = _prompt(sample).lower()
+    options = [str(choice) for choice in sample.meta.get("choices") or ()]
+    return sorted(options, key=lambda option: prompt.find(option.lower()) % (len(prompt) + 1))
+
+
+def _right(guess: Guess, sample: Sample) -> bool:
+    return guess(sample).lower() in {reference.lower() for reference in references(sample)}
+
+
+def _guessers(train: Sequence[Sample]) -> dict[str, Guess]:
+    """Guessers fitted to the samples of one family."""
+    answers = Counter(references(sample)[0] for sample in train)
+    by_prompt: dict[str, Counter[str]] = defaultdict(Counter)
+    shown: Counter[str] = Counter()
+    for sample in train:
+        by_prompt[_prompt(sample)][references(sample)[0]] += 1
+        shown.update(_options(sample))
+    common = _top(answers)
+    guessers: dict[str, Guess] = {
+        "family": lambda sample: common,
+        "prompt": lambda sample: _top(by_prompt[_prompt(sample)]) if by_prompt[_prompt(sample)] else common,
+        "words": _naive_bayes(train),
+    }
+    if all(_options(sample) for sample in train):
+        rates = {option: answers[option] / shown[option] for option in shown}
+        guessers["first option"] = lambda sample: _options(sample)[0]
+        guessers["last option"] = lambda sample: _options(sample)[-1]
+        guessers["usual option"] = lambda sample: max(_options(sample), key=lambda option: rates.get(option, 0.0))
+    return guessers
+
+
+def _naive_bayes(train: Sequence[Sample]) -> Guess:
+    """Multinomial naive Bayes over the words of the prompt, add-one smoothing."""
+    answers = sorted({references(sample)[0] for sample in train})
+    prompts = [words_of(_prompt(sample)) for sample in train]
+    vocabulary = {word: i for i, word in enumerate(sorted({word for words in prompts for word in words}))}
+    counts_AW = np.ones((len(answers), len(vocabulary)))
+    prior_A = np.zeros(len(answers))
+    index = {answer: i for i, answer in enumerate(answers)}
+    for sample, words in zip(train, prompts, strict=True):
+        row = index[references(sample)[0]]
+        prior_A[row] += 1
+        for word in words:
+            counts_AW[row, vocabulary[word]] += 1
+    weights_AW = np.log(counts_AW / counts_AW.sum(1, keepdims=True))
+
+    def guess(sample: Sample) -> str:
+        known = [vocabulary[word] for word in words_of(_prompt(sample)) if word in vocabulary]
+        return answers[int(np.argmax(np.log(prior_A) + weights_AW[:, known].sum(1)))]
+
+    return guess
+
+
+BASELINES: Mapping[str, Callable[[Sequence[Sample], Iterable[Sample], str], Baseline]] = {
+    "majority": majority,
+    "blind": blind,
+    "ocr": ocr_rules,
+    "oracle": oracle,
+}

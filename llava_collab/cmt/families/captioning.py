@@ -17,19 +17,21 @@ def make(pool: Pool, rng: random.Random, count: int) -> Group:
     """Train asks for four captions of two pictures (the two parts are those of both sides); elsewhere one caption of one picture."""
     families = _TRAIN[:count] if count > 1 else tuple(rng.choices(tuple(_WEIGHTS), weights=tuple(_WEIGHTS.values())))
     sides = rng.sample((0, 1), 2)
-    images, questions = [], []
+    images, truths, questions = [], [], []
     pair: Scene | None = None
     for family in families:
         if family == "caption_one":
             scene = scenes.single(pool, rng, pool.things_apart(rng, 1)[0])
             images.append(scene.image)
+            truths.append(scene.truth)
         elif pair is None:
             scene = pair = _pair(pool, rng)
             images.append(scene.image)
+            truths.append(scene.truth)
         else:
             scene = pair
         questions.append(_question(pool, rng, scene, family, len(images) - 1, sides[len(questions) % 2]))
-    return Group(tuple(images), tuple(questions))
+    return Group(tuple(images), tuple(questions), tuple(truths))
 
 
 def _pair(pool: Pool, rng: random.Random) -> Scene:
@@ -49,11 +51,10 @@ def _question(pool: Pool, rng: random.Random, scene: Scene, family: str, image: 
     articled = [with_article(name) for name in scene.names]
     if family == "caption_part":
         target = scene.placed[side]
-        template, prompt = pool.ask(rng, family, x=f"on the {target.column}")
-        return Question(family, template, prompt, (_sentence(with_article(target.thing.name)),), scene.names, images=(image,))
-    template, prompt = pool.ask(rng, family)
+        asked = pool.ask(rng, family, x=f"on the {target.column}")
+        return Question(asked, (_sentence(with_article(target.thing.name)),), scene.names, images=(image,))
     answers = [_sentence(articled[0])]
     if family == "caption_two":
         left, right = articled
         answers = [_sentence(f"{left} and {right}"), _sentence(f"{right} and {left}"), _sentence(f"{left} next to {right}")]
-    return Question(family, template, prompt, tuple(answers), scene.names, images=(image,))
+    return Question(pool.ask(rng, family), tuple(answers), scene.names, images=(image,))

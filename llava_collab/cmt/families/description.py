@@ -35,17 +35,27 @@ def _inventory(pool: Pool, rng: random.Random, families: list[str]) -> Group:
     questions = []
     for family in families:
         if family == "inventory":
-            sentences = [f"There are {_NUMBERS[len(placed)]} objects."]
-            sentences += [f"A {_sized(one)} is at the {one.corner}." for one in placed]
-            checklist = [part for one in placed for part in (one.thing.name, f"{_sized(one)} is at the {one.corner}")]
-            template, prompt = pool.ask(rng, family)
-            answer = " ".join(sentences)
+            asked = pool.ask(rng, family)
+            count, relation = f"{_NUMBERS[len(placed)]} objects", _relation(placed[0], placed[-1])
+            places = [f"{_sized(one)} is at the {one.corner}" for one in placed]
+            answer = " ".join([f"There are {count}.", *(f"A {place}." for place in places), f"The {relation}."])
+            checklist = {
+                "objects": scene.names,
+                "attributes": tuple(_sized(one) for one in placed),
+                "relations": (*(f"{one.thing.name} is at the {one.corner}" for one in placed), relation),
+                "counts": (count,),
+            }
         else:
             target = rng.choice(placed)
-            template, prompt = pool.ask(rng, family, x=target.corner)
-            answer, checklist = f"A {_sized(target)}.", [target.thing.name, _sized(target)]
-        questions.append(Question(family, template, prompt, (answer,), scene.names, checklist=tuple(checklist)))
-    return Group((scene.image,), tuple(questions))
+            asked = pool.ask(rng, family, x=target.corner)
+            answer, checklist = f"A {_sized(target)}.", {"objects": (target.thing.name,), "attributes": (_sized(target),)}
+        questions.append(Question(asked, (answer,), scene.names, checklist=checklist))
+    return Group((scene.image,), tuple(questions), (scene.truth,))
+
+
+def _relation(first: Placed, second: Placed) -> str:
+    """Of two things in reading order: "camel is above the drum", or "to the left of" where they stand in one row."""
+    return f"{first.thing.name} is {'above' if first.row != second.row else 'to the left of'} the {second.thing.name}"
 
 
 def _photo(pool: Pool, rng: random.Random, families: list[str]) -> Group:
@@ -57,10 +67,11 @@ def _photo(pool: Pool, rng: random.Random, families: list[str]) -> Group:
     image = view(flat, rng, SIZE, train=splits.uses_train_backgrounds(pool.split))
     questions = []
     for family in families:
-        template, prompt = pool.ask(rng, family)
+        asked = pool.ask(rng, family)
         if family == "fact":
-            questions.append(Question(family, template, prompt, (photo.text,), (photo.name,), checklist=key_words(photo.name, photo.text)))
+            name, *words = key_words(photo.name, photo.text)
+            questions.append(Question(asked, (f"{photo.name}. {photo.text}",), (photo.name,), checklist={"objects": (name,), "facts": tuple(words)}))
         else:
             answers = (photo.name, with_article(photo.name.lower()))
-            questions.append(Question(family, template, prompt, answers, (photo.name,), checklist=(photo.name.lower(),)))
-    return Group((image,), tuple(questions))
+            questions.append(Question(asked, answers, (photo.name,), checklist={"objects": (photo.name.lower(),)}))
+    return Group((image,), tuple(questions), ({"photo": photo.name, "text": photo.text},))

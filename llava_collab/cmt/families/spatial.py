@@ -28,11 +28,13 @@ def make(pool: Pool, rng: random.Random, count: int) -> Group:
     if lead == "side":
         scene = scenes.single(pool, rng, pool.things_apart(rng, 1)[0])
         axes = rng.sample([scenes.HORIZONTAL, scenes.VERTICAL], 2)
-        return Group((scene.image,), tuple(_side(pool, rng, scene, axes[index % 2]) for index in range(count)))
+        sides = tuple(_side(pool, rng, scene, axes[index % 2]) for index in range(count))
+        return Group((scene.image,), sides, (scene.truth,))
     pair = _pair(pool, rng)
     extras = [name for name in ("relation", "relation_yesno", "larger", "neighbour") if name != lead]
     rng.shuffle(extras)
-    return Group((pair.image,), tuple(_pair_question(pool, rng, pair, family) for family in [lead, *extras][:count]))
+    questions = tuple(_pair_question(pool, rng, pair, family) for family in [lead, *extras][:count])
+    return Group((pair.image,), questions, (pair.truth,))
 
 
 def _fill(placed: Placed) -> float:
@@ -52,9 +54,9 @@ def _side(pool: Pool, rng: random.Random, scene: Scene, axis: tuple[str, str]) -
     placed = scene.placed[0]
     words = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
     options = rng.sample(axis, 2)
-    template, prompt = pool.ask(rng, "side", a=words[options[0]], b=words[options[1]])
+    asked = pool.ask(rng, "side", a=words[options[0]], b=words[options[1]])
     answer = placed.column if axis == scenes.HORIZONTAL else placed.row
-    return Question("side", template, prompt, (answer, words[answer]), scene.names, choices=tuple(options))
+    return Question(asked, (answer, words[answer]), scene.names, choices=tuple(options))
 
 
 def _pair_question(pool: Pool, rng: random.Random, scene: Scene, family: str) -> Question:
@@ -67,20 +69,20 @@ def _pair_question(pool: Pool, rng: random.Random, scene: Scene, family: str) ->
     if family == "relation":
         options = rng.sample(_AXES[axis], 2)
         short = {"to the left of": "left", "to the right of": "right"}
-        template, prompt = pool.ask(rng, family, a=f"the {a}", x=" or ".join(options), b=f"the {b}")
+        asked = pool.ask(rng, family, a=f"the {a}", x=" or ".join(options), b=f"the {b}")
         answer = short.get(true, true)
-        return Question(family, template, prompt, (answer, true), scene.names, choices=tuple(short.get(o, o) for o in options))
+        return Question(asked, (answer, true), scene.names, choices=tuple(short.get(o, o) for o in options))
     if family == "relation_yesno":
         holds = rng.random() < 0.5
-        template, prompt = pool.ask(rng, family, a=f"the {a}", x=true if holds else false, b=f"the {b}")
-        return Question(family, template, prompt, ("yes" if holds else "no",), scene.names, choices=("yes", "no"))
+        asked = pool.ask(rng, family, a=f"the {a}", x=true if holds else false, b=f"the {b}")
+        return Question(asked, ("yes" if holds else "no",), scene.names, choices=("yes", "no"))
     if family == "neighbour":
-        template, prompt = pool.ask(rng, family, x=false, a=f"the {a}")  # `second` is on the side where `first` is not
-        return Question(family, template, prompt, (b, with_article(b)), scene.names)
+        asked = pool.ask(rng, family, x=false, a=f"the {a}")  # `second` is on the side where `first` is not
+        return Question(asked, (b, with_article(b)), scene.names)
     word = rng.choice(("larger", "smaller"))
     answer = a if first.large == (word == "larger") else b
-    template, prompt = pool.ask(rng, "larger", x=word, a=f"the {a}", b=f"the {b}")
-    return Question("larger", template, prompt, (answer, f"the {answer}"), scene.names, choices=(a, b))
+    asked = pool.ask(rng, "larger", x=word, a=f"the {a}", b=f"the {b}")
+    return Question(asked, (answer, f"the {answer}"), scene.names, choices=(a, b))
 
 
 @cache
@@ -146,10 +148,16 @@ def _map_group(pool: Pool, rng: random.Random, count: int) -> Group:
         word = true_of_first if asks_first else _OPPOSITE[true_of_first]
         family = "map_size" if word in ("larger", "smaller") else "map_direction"
         options = rng.sample(colours, 2)
-        template, prompt = pool.ask(rng, family, x=word, a=options[0], b=options[1])
+        asked = pool.ask(rng, family, x=word, a=options[0], b=options[1])
         answer = colours[0] if asks_first else colours[1]
-        questions.append(Question(family, template, prompt, (answer,), (f"map of {chosen.name}",), choices=tuple(options)))
-    return Group((_draw_map(rng, chosen, regions, colours),), tuple(questions))
+        questions.append(Question(asked, (answer,), (f"map of {chosen.name}",), choices=tuple(options)))
+    return Group((_draw_map(rng, chosen, regions, colours),), tuple(questions), ({"map": chosen.name, "regions": _truth(chosen, regions, colours)},))
+
+
+def _truth(chosen: RegionMap, regions: list[int], colours: list[str]) -> dict[str, dict[str, float]]:
+    """Colour -> centroid (pixels of the map, x to the east, y to the south) and area in pixels."""
+    measured = [_measures(chosen)[region] for region in regions]
+    return {colour: {"x": round(x, 1), "y": round(y, 1), "pixels": pixels} for colour, (x, y, pixels) in zip(colours, measured, strict=True)}
 
 
 def _draw_map(rng: random.Random, chosen: RegionMap, regions: list[int], colours: list[str]) -> Image.Image:

@@ -7,6 +7,7 @@ are another story, so the order can not be ignored.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import permutations
 
 from llava_collab.cmt import draw, scenes
@@ -16,6 +17,8 @@ from llava_collab.cmt.sources import Background, Thing
 
 _OPENINGS = ("started at", "then came to", "at last reached")
 _MEETINGS = ("met", "saw", "found")
+LEADS = {"story": 0.6, "ending": 0.2, "frame": 0.2}
+ORDINALS = ("first", "second", "third")
 Frame = tuple[str, str]  # place, thing met
 
 
@@ -26,7 +29,8 @@ def make(pool: Pool, rng: random.Random, count: int) -> Group:
     orders = rng.sample(list(permutations(range(len(frames)), 3)), count)
     told = [frame for _, frame in frames]
     questions = tuple(_question(pool, rng, hero, [told[i] for i in order], order) for order in orders)
-    return Group(tuple(image for image, _ in frames), questions)
+    truths = tuple({"hero": hero.name, "place": place, "met": met} for place, met in told)
+    return Group(tuple(image for image, _ in frames), questions, truths)
 
 
 def _frames(pool: Pool, rng: random.Random, hero: Thing, count: int) -> list:
@@ -53,7 +57,8 @@ def _frames(pool: Pool, rng: random.Random, hero: Thing, count: int) -> list:
     return frames
 
 
-def _sentences(hero: str, frames: list[Frame]) -> list[str]:
+def sentences_of(hero: str, frames: Sequence[Frame]) -> list[str]:
+    """The story of three frames, a sentence each."""
     subjects = (f"A {hero}" if hero[0] not in "aeiou" else f"An {hero}", "It", "It")
     return [
         f"{subject} {opening} the {place} and {meeting} {with_article(thing)}."
@@ -62,11 +67,14 @@ def _sentences(hero: str, frames: list[Frame]) -> list[str]:
 
 
 def _question(pool: Pool, rng: random.Random, hero: Thing, frames: list[Frame], order: tuple[int, ...]) -> Question:
-    sentences = _sentences(hero.name, frames)
+    sentences = sentences_of(hero.name, frames)
     objects = (hero.name, *(thing for _, thing in frames))
-    if rng.random() < 0.7:
-        template, prompt = pool.ask(rng, "story")
-        beats = (hero.name, *(word for frame in frames for word in frame))
-        return Question("story", template, prompt, (" ".join(sentences),), objects, images=order, beats=beats)
-    template, prompt = pool.ask(rng, "ending", x=" ".join(sentences[:2]))
-    return Question("ending", template, prompt, (sentences[2],), objects, images=order, beats=frames[2])
+    beats = tuple(((hero.name, *frame) if index == 0 else frame) for index, frame in enumerate(frames))
+    family = rng.choices(tuple(LEADS), weights=tuple(LEADS.values()))[0]
+    if family == "story":
+        return Question(pool.ask(rng, family), (" ".join(sentences),), objects, images=order, beats=beats)
+    if family == "ending":
+        asked = pool.ask(rng, family, x=" ".join(sentences[:2]))
+        return Question(asked, (sentences[2],), objects, images=order, beats=beats[2:])
+    index = rng.randrange(3)
+    return Question(pool.ask(rng, family, x=ORDINALS[index]), (sentences[index],), objects, images=order, beats=beats[index : index + 1])

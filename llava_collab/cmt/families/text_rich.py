@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, field
 
 from PIL import Image, ImageDraw
 
@@ -16,7 +17,8 @@ LEADS = {
 _CHART_EXTRAS = ("chart_top", "chart_compare", "chart_value")
 _RECEIPT_EXTRAS = ("receipt_price", "receipt_top", "receipt_total")
 _BARS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17808f")
-Row = tuple[str, int]
+_INK = "#111111"
+Row = tuple[str, int]  # label, value; of receipts in cents
 
 
 def make(pool: Pool, rng: random.Random, count: int) -> Group:
@@ -27,10 +29,32 @@ def make(pool: Pool, rng: random.Random, count: int) -> Group:
     families = [lead, *extras][:count]
     if chart:
         rows, title = _chart_rows(pool, rng, 5 if lead == "chart_count" else 3)
-        image = (_horizontal if max(len(label) for label, _ in rows) > 5 or rng.random() < 0.5 else _vertical)(pool, rng, rows, title)
-        return Group((image,), tuple(_chart_question(pool, rng, rows, family) for family in families))
-    rows = _receipt_rows(pool, rng)
-    return Group((_receipt(pool, rng, rows),), tuple(_receipt_question(pool, rng, rows, family) for family in families))
+        narrow = len(rows) <= 4 and max(len(label) for label, _ in rows) <= 5  # so that print below the bars stays apart
+        drawn = (_vertical if narrow and rng.random() < 0.5 else _horizontal)(pool, rng, rows, title)
+        questions = tuple(_chart_question(pool, rng, rows, family) for family in families)
+    else:
+        rows = _receipt_rows(pool, rng)
+        drawn = _receipt(pool, rng, rows)
+        questions = tuple(_receipt_question(pool, rng, rows, family) for family in families)
+    return Group((drawn.image,), questions, ({"rows": [list(row) for row in rows], "text": drawn.text},))
+
+
+@dataclass
+class _Page:
+    """A page that remembers what was written on it, and how large: [text, pixels of the face]."""
+
+    image: Image.Image
+    text: list[list[str | int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.pen = ImageDraw.Draw(self.image)
+
+    def centred(self, box: draw.Box, text: str, face: str, largest: int) -> None:
+        self.text.append([text, draw.centred_text(self.pen, box, text, face, _INK, largest)])
+
+    def write(self, at: tuple[float, float], text: str, font: draw.Font, anchor: str) -> None:
+        self.pen.text(at, text, font=font, fill=_INK, anchor=anchor)
+        self.text.append([text, round(font.size)])
 
 
 def _chart_rows(pool: Pool, rng: random.Random, least: int) -> tuple[list[Row], str]:
@@ -49,39 +73,35 @@ def _chart_rows(pool: Pool, rng: random.Random, least: int) -> tuple[list[Row], 
             return _chart_rows(pool, rng, least)
 
 
-def _horizontal(pool: Pool, rng: random.Random, rows: list[Row], title: str) -> Image.Image:
-    image = draw.paper(rng)
-    pen = ImageDraw.Draw(image)
+def _horizontal(pool: Pool, rng: random.Random, rows: list[Row], title: str) -> _Page:
+    page = _Page(draw.paper(rng))
     face, colour = rng.choice(pool.fonts[:4]), rng.choice(_BARS)
-    draw.centred_text(pen, (4, 4, SIZE - 4, 28), title, face, "#111111", largest=18)
+    page.centred((4, 4, SIZE - 4, 28), title, face, largest=18)
     label_width = min(96, max(round(draw.font(face, 16).getlength(label)) for label, _ in rows) + 6)
     pitch, longest = (SIZE - 36) / len(rows), max(value for _, value in rows)
-    room = SIZE - label_width - 48
+    room = SIZE - label_width - 54
     for index, (label, value) in enumerate(rows):
         top = 34 + index * pitch
-        middle, bar = top + pitch / 2, max(2, room * value / longest)
-        fitted = draw.fitting_font(face, label, label_width - 4, 30, largest=18)
-        pen.text((label_width - 2, middle), label, font=fitted, fill="#111111", anchor="rm")
-        pen.rectangle((label_width + 2, top + 0.16 * pitch, label_width + 2 + bar, top + 0.84 * pitch), fill=colour)
-        pen.text((label_width + bar + 6, middle), str(value), font=draw.font(face, 18), fill="#111111", anchor="lm")
-    return image
+        middle, bar = top + pitch / 2, max(8, room * value / longest)
+        page.write((label_width - 2, middle), label, draw.fitting_font(face, label, label_width - 4, 30, largest=18), "rm")
+        page.pen.rectangle((label_width + 2, top + 0.16 * pitch, label_width + 2 + bar, top + 0.84 * pitch), fill=colour)
+        page.write((label_width + bar + 14, middle), str(value), draw.font(face, 18), "lm")
+    return page
 
 
-def _vertical(pool: Pool, rng: random.Random, rows: list[Row], title: str) -> Image.Image:
-    image = draw.paper(rng)
-    pen = ImageDraw.Draw(image)
+def _vertical(pool: Pool, rng: random.Random, rows: list[Row], title: str) -> _Page:
+    page = _Page(draw.paper(rng))
     face, colour = rng.choice(pool.fonts[:4]), rng.choice(_BARS)
-    draw.centred_text(pen, (4, 4, SIZE - 4, 28), title, face, "#111111", largest=18)
+    page.centred((4, 4, SIZE - 4, 28), title, face, largest=18)
     pitch, highest, floor = (SIZE - 8) / len(rows), max(value for _, value in rows), SIZE - 26
-    pen.line((4, floor, SIZE - 4, floor), fill="#111111", width=2)
+    page.pen.line((4, floor, SIZE - 4, floor), fill=_INK, width=2)
     for index, (label, value) in enumerate(rows):
         left = 4 + index * pitch
-        top = floor - max(2, (floor - 58) * value / highest)
-        pen.rectangle((left + 0.16 * pitch, top, left + 0.84 * pitch, floor - 1), fill=colour)
-        fitted = draw.fitting_font(face, label, pitch - 3, 22, largest=17)
-        pen.text((left + pitch / 2, floor + 13), label, font=fitted, fill="#111111", anchor="mm")
-        pen.text((left + pitch / 2, top - 11), str(value), font=draw.font(face, 18), fill="#111111", anchor="mm")
-    return image
+        top = floor - max(4, (floor - 62) * value / highest)
+        page.pen.rectangle((left + 0.16 * pitch, top, left + 0.84 * pitch, floor - 1), fill=colour)
+        page.write((left + pitch / 2, floor + 13), label, draw.fitting_font(face, label, pitch - 8, 22, largest=17), "mm")
+        page.write((left + pitch / 2, top - 14), str(value), draw.font(face, 20), "mm")
+    return page
 
 
 def _ordinal(place: int, rows: list[Row]) -> str:
@@ -94,65 +114,61 @@ def _chart_question(pool: Pool, rng: random.Random, rows: list[Row], family: str
     if family == "chart_top":
         word = rng.choice(("highest", "lowest"))
         answer = (max if word == "highest" else min)(rows, key=lambda row: row[1])[0]
-        template, prompt = pool.ask(rng, family, x=word)
-        return Question(family, template, prompt, (answer,), labels, choices=labels)
+        asked = pool.ask(rng, family, x=word)
+        return Question(asked, (answer,), labels, choices=labels)
     if family == "chart_value":
         place = rng.randrange(len(rows))
-        template, prompt = pool.ask(rng, family, x=_ordinal(place, rows))
-        return Question(family, template, prompt, (str(rows[place][1]),), labels)
+        asked = pool.ask(rng, family, x=_ordinal(place, rows))
+        return Question(asked, (str(rows[place][1]),), labels)
     if family == "chart_count":
-        template, prompt = pool.ask(rng, family)
-        return Question(family, template, prompt, (str(len(rows)),), labels, choices=("3", "4", "5"))
+        return Question(pool.ask(rng, family), (str(len(rows)),), labels, choices=("3", "4", "5"))
     low, high = sorted(rng.sample(rows, 2), key=lambda row: row[1])
     while high[1] - low[1] < max(1.0, 0.06 * high[1]):
         low, high = sorted(rng.sample(rows, 2), key=lambda row: row[1])
     holds = rng.random() < 0.5
     first, second = (high, low) if holds else (low, high)
-    template, prompt = pool.ask(rng, family, a=_ordinal(rows.index(first), rows), b=_ordinal(rows.index(second), rows))
-    return Question(family, template, prompt, ("yes" if holds else "no",), labels, choices=("yes", "no"))
+    asked = pool.ask(rng, family, a=_ordinal(rows.index(first), rows), b=_ordinal(rows.index(second), rows))
+    return Question(asked, ("yes" if holds else "no",), labels, choices=("yes", "no"))
 
 
-def _money(halves: int) -> str:
-    """Prices are whole numbers of half units: 3 -> "1.50"."""
-    return f"{halves / 2:.2f}"
+def money(cents: int) -> str:
+    """435 -> "4.35"."""
+    return f"{cents / 100:.2f}"
 
 
 def _receipt_rows(pool: Pool, rng: random.Random) -> list[Row]:
-    """2-4 goods with different prices of 0.50 to 9.50, in halves."""
+    """2-4 goods with different prices of 0.25 to 9.95: so many that none can be guessed."""
     goods = rng.sample(pool.goods, rng.randint(2, 4))
-    return list(zip(goods, rng.sample(range(1, 20), len(goods)), strict=True))
+    return list(zip(goods, rng.sample(range(25, 1000, 5), len(goods)), strict=True))
 
 
-def _receipt(pool: Pool, rng: random.Random, rows: list[Row]) -> Image.Image:
-    image = draw.paper(rng)
-    pen = ImageDraw.Draw(image)
+def _receipt(pool: Pool, rng: random.Random, rows: list[Row]) -> _Page:
+    page = _Page(draw.paper(rng))
     face = rng.choice(pool.fonts[:4])
     shop = rng.choice(("CORNER SHOP", "CITY MARKET", "GREEN STORE", "THE KIOSK"))
-    draw.centred_text(pen, (10, 8, SIZE - 10, 36), shop, face, "#111111", largest=22)
+    page.centred((10, 8, SIZE - 10, 36), shop, face, largest=22)
     pitch = 146 / (len(rows) + 1)
     lines = [*rows, ("TOTAL", sum(price for _, price in rows))]
     for index, (label, price) in enumerate(lines):
         y = 48 + (index + 0.5) * pitch + (10 if label == "TOTAL" else 0)
         if label == "TOTAL":
-            pen.line((10, y - pitch / 2 - 2, SIZE - 10, y - pitch / 2 - 2), fill="#111111", width=2)
-        pen.text((12, y), label, font=draw.font(face, 20), fill="#111111", anchor="lm")
-        pen.text((SIZE - 12, y), _money(price), font=draw.font(face, 20), fill="#111111", anchor="rm")
-    return image
+            page.pen.line((10, y - pitch / 2 - 2, SIZE - 10, y - pitch / 2 - 2), fill=_INK, width=2)
+        page.write((12, y), label, draw.font(face, 20), "lm")
+        page.write((SIZE - 12, y), money(price), draw.font(face, 20), "rm")
+    return page
 
 
 def _receipt_question(pool: Pool, rng: random.Random, rows: list[Row], family: str) -> Question:
     goods = tuple(label for label, _ in rows)
     if family == "receipt_price":
         label, price = rng.choice(rows)
-        template, prompt = pool.ask(rng, family, x=label)
-        return Question(family, template, prompt, (_money(price),), goods)
+        asked = pool.ask(rng, family, x=label)
+        return Question(asked, (money(price),), goods)
     if family == "receipt_total":
-        template, prompt = pool.ask(rng, family)
-        return Question(family, template, prompt, (_money(sum(price for _, price in rows)),), goods)
+        return Question(pool.ask(rng, family), (money(sum(price for _, price in rows)),), goods)
     if family == "receipt_count":
-        template, prompt = pool.ask(rng, family)
-        return Question(family, template, prompt, (str(len(rows)),), goods, choices=("2", "3", "4"))
+        return Question(pool.ask(rng, family), (str(len(rows)),), goods, choices=("2", "3", "4"))
     word = rng.choice(("most", "least"))
     answer = (max if word == "most" else min)(rows, key=lambda row: row[1])[0]
-    template, prompt = pool.ask(rng, family, x=word)
-    return Question(family, template, prompt, (answer,), goods, choices=goods)
+    asked = pool.ask(rng, family, x=word)
+    return Question(asked, (answer,), goods, choices=goods)

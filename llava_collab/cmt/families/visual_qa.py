@@ -32,26 +32,24 @@ def make(pool: Pool, rng: random.Random, count: int) -> Group:
     for family in [lead, *extras][:count]:
         questions.append(_question(pool, rng, scene, family, present))
         present = present != (family == "exists")  # the next yes/no question about this picture has the other answer
-    return Group((scene.image,), tuple(questions))
+    return Group((scene.image,), tuple(questions), (scene.truth,))
 
 
 def _question(pool: Pool, rng: random.Random, scene: Scene, family: str, present: bool) -> Question:
     target = rng.choice(scene.placed).thing
     if family == "exists":
         asked = target if present else pool.things_apart(rng, 1, avoid=scene.senses)[0]
-        template, prompt = pool.ask(rng, family, a=with_article(asked.name))
-        return Question(family, template, prompt, ("yes" if present else "no",), scene.names, choices=("yes", "no"))
+        question = pool.ask(rng, family, a=with_article(asked.name))
+        return Question(question, ("yes" if present else "no",), scene.names, choices=("yes", "no"))
     if family == "which":
         options = [target, pool.things_apart(rng, 1, avoid=scene.senses)[0]]
         rng.shuffle(options)
         first, second = (option.name for option in options)
-        template, prompt = pool.ask(rng, family, a=with_article(first), b=with_article(second))
-        return Question(family, template, prompt, (target.name, with_article(target.name)), scene.names, choices=(first, second))
+        question = pool.ask(rng, family, a=with_article(first), b=with_article(second))
+        return Question(question, (target.name, with_article(target.name)), scene.names, choices=(first, second))
     if family == "count":
         number = len(scene.placed)
-        template, prompt = pool.ask(rng, family)
-        return Question(family, template, prompt, (str(number), _NUMBERS[number - 1]), scene.names, choices=("1", "2", "3", "4"))
-    template, prompt = pool.ask(rng, family)
+        return Question(pool.ask(rng, family), (str(number), _NUMBERS[number - 1]), scene.names, choices=("1", "2", "3", "4"))
     if family == "kind":
-        return Question(family, template, prompt, (target.group,), scene.names, choices=KINDS)
-    return Question(family, template, prompt, (target.name, with_article(target.name)), scene.names)
+        return Question(pool.ask(rng, family), (target.group,), scene.names, choices=KINDS)
+    return Question(pool.ask(rng, family), (target.name, with_article(target.name)), scene.names)
