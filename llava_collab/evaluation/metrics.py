@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from string import punctuation, whitespace
 from typing import TYPE_CHECKING, Any
 
 from llava_collab.evaluation.captions import DocumentFrequencies, cider_d
@@ -120,11 +121,13 @@ def soft_accuracy(output: str, people: Sequence[str]) -> float:
 
 
 def same_answer(left: str, right: str) -> bool:
-    """Equal after the VQA normaliser; where it leaves nothing (the option `A` is an article), equal but for case and marks."""
+    """Equal after the VQA normaliser; where it leaves nothing (the option `A` is an article), equal but for case and outer marks."""
     a, b = normalise_answer(left), normalise_answer(right)
-    if a or b:
-        return a == b
-    return left.strip(" .()").lower() == right.strip(" .()").lower()
+    return a == b if a or b else _bare(left) == _bare(right)
+
+
+def _bare(text: str) -> str:
+    return text.strip(punctuation + whitespace).lower() or text.strip()
 
 
 def accuracy(output: str, sample: Sample, context: Context) -> Scored:

@@ -35,13 +35,21 @@ _CONTRACTED = [stem + ending for ending, stems in _STEMS.items() for stem in ste
 _CONTRACTED += ["ma'am", "o'clock", "'twas", "y'all"]
 CONTRACTIONS = {word[:at] + word[at + 1 :]: word for word in _CONTRACTED for at, mark in enumerate(word) if mark == "'"}
 
+_IRREGULAR = dict(
+    pair.split(":")
+    for pair in (
+        "men:man people:person children:child feet:foot teeth:tooth geese:goose mice:mouse knives:knife wives:wife leaves:leaf loaves:loaf "
+        "wolves:wolf shelves:shelf calves:calf halves:half scarves:scarf thieves:thief hooves:hoof oxen:ox shoe:shoe shoes:shoe"
+    ).split()
+)
+_COMMON = {"ie": "y", "oe": "o", "use": "us", "men": "man"}  # cookie(s), tomato(es), bus(es), woman and women
 _POLARITY = {"yes": True, "true": True, "no": False, "false": False}
 _NUMBER = re.compile(r"[$€£¥]?\s*([-+−]?)[$€£¥]?\s*(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?\s*%?")
 # Tokens as the Penn Treebank has them: clitics on their own; abbreviations, numbers with inner marks, and words joined by hyphens or
 # slashes whole. Marks beyond Latin-1 (emoji, zero-width marks) are no tokens.
 _CAPTION_PIECE = re.compile(
     r"""n't\b | '(?:s|re|ve|ll|d|m)\b | o'clock\b | ma'am\b
-    | (?:[^\W\d_]\.){2,} | (?:mr|mrs|ms|dr|prof|st|jr|sr|vs|etc)\.
+    | (?:[^\W\d_]\.){2,} | [a-hj-z]\.(?!\w) | (?:mr|mrs|ms|dr|prof|st|mt|jr|sr|vs|etc|inc|ltd)\.
     | [+-]?(?:\d+(?:[.,:]\d+)+ | \d+/\d+ | \.\d+) | (?<!\w)[+-]\d+
     | \w+?(?=n't\b) | \w+(?:[-/]\w+)* | [!-~¡-ÿ]""",
     re.VERBOSE,
@@ -71,7 +79,7 @@ def caption_tokens(text: str) -> list[str]:
     """Lower-case tokens of a caption, without punctuation: a small stand-in for the Java PTBTokenizer of COCO's evaluation.
 
     Agrees with it on captions as people write them. Known differences: PTBTokenizer keeps brackets as `-lrb-` and `-rrb-` and runs like
-    `?!`, which are dropped here; it rewrites some signs (a euro becomes a dollar), and keeps addresses and tags whole.
+    `?!`, which are dropped here; it rewrites some signs (a euro becomes a dollar), knows more abbreviations, and keeps addresses and tags.
     """
     text = _CAPTION_JOINED.sub(r"\1 ", text.lower().replace("’", "'"))
     return [piece for piece in _CAPTION_PIECE.findall(text) if piece not in _CAPTION_DROPPED]
@@ -98,12 +106,20 @@ def words_of(text: str) -> list[str]:
 
 
 def singular(word: str) -> str:
-    """A rough singular, used on both sides of a comparison: `boxes` -> `box`, `cherries` -> `cherry`, `glass` stays."""
-    if len(word) > 4 and word.endswith("ies"):
-        return word[:-3] + "y"
+    """A rough singular, used on both sides of a comparison: `boxes` -> `box`, `knives` -> `knife`, `glass` stays.
+
+    Not always a word: where English can't be undone by rule both forms go to a third (`cookie`, `cookies` -> `cooky`).
+    """
+    if word in _IRREGULAR:
+        return _IRREGULAR[word]
     if len(word) > 4 and word.endswith(("ches", "shes", "xes", "sses")):
         return word[:-2]
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
+    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        word = word[:-1]
+    for ending, common in _COMMON.items():
+        if len(word) > 3 and word.endswith(ending) and not word.endswith(("ouse", "ause")):
+            return word.removesuffix(ending) + common
+    return word
 
 
 def phrase_key(text: str) -> tuple[str, ...]:
