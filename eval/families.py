@@ -47,7 +47,9 @@ def main(args: Args) -> list[str]:
     """Print and write the table; returns the families that are not valid. Raises RecordError and SuiteError."""
     runs = report.read_runs([args.blind, args.oracle, *args.others])
     split = str(runs[0].identity["split"])
-    chance = {s.id: 100 / len(s.meta["choices"]) if s.meta.get("choices") else 0.0 for s in load_suite(args.suite).read(split, args.data_root)}
+    chance = {
+        s.id: 100 / len(s.meta["choices"]) if s.meta.get("choices") else 0.0 for s in load_suite(args.suite).read(split, args.data_root)
+    }
     scores: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(lambda: [{} for _ in runs])
     for number, run in enumerate(runs):
         for row in run.ok:
@@ -56,7 +58,9 @@ def main(args: Args) -> list[str]:
     order = {name: i for i, name in enumerate(report.CATEGORIES)}
     for (category, family), found in sorted(scores.items(), key=lambda item: (order.get(item[0][0], 99), item[0])):
         if unknown := found[0].keys() - chance.keys():
-            raise RecordError(f"{args.blind}: {sorted(unknown)[0]!r} is not in split {split} of {args.suite}; name its folder with --data-root")
+            raise RecordError(
+                f"{args.blind}: {sorted(unknown)[0]!r} is not in split {split} of {args.suite}; name its folder with --data-root"
+            )
         guess = float(np.mean([chance[sample_id] for sample_id in found[0]]))
         intervals = [bootstrap({family: np.array(list(by_id.values()))})[family] if by_id else None for by_id in found]
         blind, oracle = intervals[:2]

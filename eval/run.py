@@ -133,7 +133,9 @@ def _model(args: Args, name: str, train: list[Sample], samples: list[Sample]) ->
     network, processor = load(str(folder), dtype=None if args.dtype == "stored" else getattr(torch, args.dtype))
     network.to(pick_device(args.device))
     if args.feature_cache:
-        processor.feature_cache = feature_cache(network, processor, [image for sample in samples for image in sample.images], args.batch_size)
+        processor.feature_cache = feature_cache(
+            network, processor, [image for sample in samples for image in sample.images], args.batch_size
+        )
     identity["prompt_template_sha256"] = hashlib.sha256(str(processor.chat_template).encode()).hexdigest()
     return Single(network, processor, name), identity
 

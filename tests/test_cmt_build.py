@@ -179,14 +179,14 @@ if __name__ == "__main__":
 
 def test_the_content_hash_depends_on_the_items_alone(world, tmp_path):
     """Other temporary folder, time zone, locale, hash seed, worker count and asset folder: the same hash over rows and decoded pixels."""
-    mine = build_cmt(
-        tmp_path / "cmt", train=28, val=0, test=14, decision=0, test_object=7, test_template=7, workers=1, world=world
-    )
+    mine = build_cmt(tmp_path / "cmt", train=28, val=0, test=14, decision=0, test_object=7, test_template=7, workers=1, world=world)
     (tmp_path / "tmp").mkdir()
     (tmp_path / "build.py").write_text(BUILD)
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
     changes = {"TMPDIR": str(tmp_path / "tmp"), "TZ": "Asia/Tokyo", "LC_ALL": "C", "PYTHONHASHSEED": "7", "PYTHONPATH": paths}
-    subprocess.run([sys.executable, tmp_path / "build.py", tmp_path / "other"], check=True, env={**os.environ, **changes}, capture_output=True)
+    subprocess.run(
+        [sys.executable, tmp_path / "build.py", tmp_path / "other"], check=True, env={**os.environ, **changes}, capture_output=True
+    )
     hashes = [json.loads((folder / "manifest.json").read_text())["content_sha256"] for folder in (mine, tmp_path / "other" / "cmt")]
     assert hashes[0] == hashes[1]
     image = sorted((mine / "images/test").rglob("*.webp"))[0]

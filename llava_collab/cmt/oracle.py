@@ -83,7 +83,14 @@ def _kind(slots: Slots, truths: Sequence[Truth]) -> str:
 
 def _caption(slots: Slots, truths: Sequence[Truth]) -> str:
     names = [_article(one["name"]) for one in sorted(_objects(truths), key=_centre)]
-    return f"{' and '.join(names).capitalize()}."
+    preposition = {"sea": "at", "rocks": "on", "grass": "on"}.get(truths[0]["place"], "in")
+    return f"{' and '.join(names).capitalize()} {preposition} the {truths[0]['place']}."
+
+
+def _caption_part(slots: Slots, truths: Sequence[Truth]) -> str:
+    target = _at(slots["x"], truths)
+    (other,) = [one for one in _objects(truths) if one is not target]
+    return f"{_article(target['name']).capitalize()} beside {_article(other['name'])}."
 
 
 def _side(slots: Slots, truths: Sequence[Truth]) -> str:
@@ -116,9 +123,14 @@ def _larger(slots: Slots, truths: Sequence[Truth]) -> str:
 
 
 def _map(slots: Slots, truths: Sequence[Truth]) -> str:
-    axis, sign = {"north": ("y", -1), "south": ("y", 1), "east": ("x", 1), "west": ("x", -1), "larger": ("pixels", 1), "smaller": ("pixels", -1)}[
-        slots["x"]
-    ]
+    axis, sign = {
+        "north": ("y", -1),
+        "south": ("y", 1),
+        "east": ("x", 1),
+        "west": ("x", -1),
+        "larger": ("pixels", 1),
+        "smaller": ("pixels", -1),
+    }[slots["x"]]
     return max((slots["a"], slots["b"]), key=lambda colour: sign * truths[0]["regions"][colour][axis])
 
 
@@ -162,7 +174,7 @@ _RULES: dict[str, Callable[[Slots, Sequence[Truth]], str]] = {
     "name": lambda s, t: _objects(t)[0]["name"],
     "caption_one": _caption,
     "caption_two": _caption,
-    "caption_part": lambda s, t: f"{_article(_at(s['x'], t)['name']).capitalize()}.",
+    "caption_part": _caption_part,
     "side": _side,
     "relation": _relation,
     "relation_yesno": _relation_yesno,

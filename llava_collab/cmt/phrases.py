@@ -1,4 +1,4 @@
-"""How the questions are worded: `phrases.yaml` holds, per family, the wordings of every split but one, and those of `test-template` alone."""
+"""How the questions are worded: `phrases.yaml` holds, per family, the wordings of all splits, and those of `test-template` alone."""
 
 from __future__ import annotations
 

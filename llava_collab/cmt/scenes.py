@@ -61,11 +61,12 @@ class Scene:
 
     image: Image.Image
     placed: tuple[Placed, ...]
+    place: str
 
     @property
     def truth(self) -> dict[str, Any]:
         """What was drawn, as JSON values: boxes are (x0, y0, x1, y1) in pixels."""
-        return {"objects": [{"name": one.thing.name, "box": list(one.box), "large": one.large} for one in self.placed]}
+        return {"place": self.place, "objects": [{"name": one.thing.name, "box": list(one.box), "large": one.large} for one in self.placed]}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -96,16 +97,20 @@ def paste(
 
 def single(pool: Pool, rng: random.Random, thing: Thing, chosen: Background | None = None) -> Scene:
     """One thing, 80-140 px long, clearly in one corner of the picture's four."""
-    image = draw.background(rng, chosen or rng.choice(pool.backgrounds))
+    ground = chosen or rng.choice(pool.backgrounds)
+    image = draw.background(rng, ground)
     longest = rng.uniform(80, 140)
     low, high = SIZE * 0.12, SIZE * 0.34
     centre = tuple(value if rng.random() < 0.5 else SIZE - value for value in (rng.uniform(low, high), rng.uniform(low, high)))
-    return Scene(image, (paste(image, rng, thing, (centre[0], centre[1]), longest),))
+    return Scene(image, (paste(image, rng, thing, (centre[0], centre[1]), longest),), ground.place)
 
 
-def grid(pool: Pool, rng: random.Random, things: list[Thing], large: list[bool] | None = None) -> Scene:
+def grid(
+    pool: Pool, rng: random.Random, things: list[Thing], large: list[bool] | None = None, chosen: Background | None = None
+) -> Scene:
     """Up to four things in different cells; `large` says which of them are about twice as long as the others (default: any)."""
-    image = draw.background(rng, rng.choice(pool.backgrounds))
+    ground = chosen or rng.choice(pool.backgrounds)
+    image = draw.background(rng, ground)
     placed = []
     for index, (thing, cell) in enumerate(zip(things, rng.sample(range(4), len(things)), strict=True)):
         is_large = large[index] if large else rng.random() < 0.5
@@ -114,4 +119,4 @@ def grid(pool: Pool, rng: random.Random, things: list[Thing], large: list[bool] 
         slack = (_CELL - longest) / 2 - 1
         centre = (middle[0] + rng.uniform(-slack, slack), middle[1] + rng.uniform(-slack, slack))
         placed.append(paste(image, rng, thing, centre, longest, large=is_large))
-    return Scene(image, tuple(placed))
+    return Scene(image, tuple(placed), ground.place)

@@ -137,10 +137,10 @@ def _prompt(sample: Sample) -> str:
 
 
 def _options(sample: Sample) -> list[str]:
-    """The options in the order in which the prompt names them; those that it doesn't name come last."""
+    """The options that the prompt names, in its order: those of a chart can only be seen."""
     prompt = _prompt(sample).lower()
-    options = [str(choice) for choice in sample.meta.get("choices") or ()]
-    return sorted(options, key=lambda option: prompt.find(option.lower()) % (len(prompt) + 1))
+    options = [str(choice) for choice in sample.meta.get("choices") or () if str(choice).lower() in prompt]
+    return sorted(options, key=lambda option: prompt.find(option.lower()))
 
 
 def _right(guess: Guess, sample: Sample) -> bool:

@@ -97,7 +97,9 @@ class Reader:
         symbol = max(lines, key=lambda line: line.y1 - line.y0).text
         known = self._elements.get(symbol, {})
         numbers = [line.text for line in lines if line.text.isdigit()]
-        return {"symbol": symbol, "number": numbers[0] if numbers else known["number"], "name": known["name"]} if known else {"symbol": symbol}
+        return (
+            {"symbol": symbol, "number": numbers[0] if numbers else known["number"], "name": known["name"]} if known else {"symbol": symbol}
+        )
 
     def _sign(self, lines: Sequence[Line]) -> dict[str, Any]:
         return {"word": " ".join(line.text for line in lines)}

@@ -70,7 +70,9 @@ def _photo(pool: Pool, rng: random.Random, families: list[str]) -> Group:
         asked = pool.ask(rng, family)
         if family == "fact":
             name, *words = key_words(photo.name, photo.text)
-            questions.append(Question(asked, (f"{photo.name}. {photo.text}",), (photo.name,), checklist={"objects": (name,), "facts": tuple(words)}))
+            questions.append(
+                Question(asked, (f"{photo.name}. {photo.text}",), (photo.name,), checklist={"objects": (name,), "facts": tuple(words)})
+            )
         else:
             answers = (photo.name, with_article(photo.name.lower()))
             questions.append(Question(asked, answers, (photo.name,), checklist={"objects": (photo.name.lower(),)}))

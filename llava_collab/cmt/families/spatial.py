@@ -15,7 +15,10 @@ from llava_collab.cmt.phrases import with_article
 from llava_collab.cmt.scenes import Placed, Scene
 from llava_collab.cmt.sources import RegionMap, colour_codes
 
-LEADS = {"side": 0.2, "relation": 0.2, "relation_yesno": 0.15, "neighbour": 0.1, "larger": 0.15, "map": 0.2}
+LEADS = {
+    **{"side": 0.17, "relation": 0.17, "relation_yesno": 0.15, "neighbour": 0.13, "larger": 0.14},
+    **{"map_direction": 0.13, "map_size": 0.11},
+}
 COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (20, 150, 40), "orange": (255, 150, 0)}
 _AXES = {("left", "right"): ("to the left of", "to the right of"), ("top", "bottom"): ("above", "below")}
 
@@ -23,8 +26,8 @@ _AXES = {("left", "right"): ("to the left of", "to the right of"), ("top", "bott
 def make(pool: Pool, rng: random.Random, count: int) -> Group:
     """One scene or map for the leading question and the others that fit it."""
     lead = rng.choices(tuple(LEADS), weights=tuple(LEADS.values()))[0]
-    if lead == "map":
-        return _map_group(pool, rng, count)
+    if lead.startswith("map"):
+        return _map_group(pool, rng, count, lead)
     if lead == "side":
         scene = scenes.single(pool, rng, pool.things_apart(rng, 1)[0])
         axes = rng.sample([scenes.HORIZONTAL, scenes.VERTICAL], 2)
@@ -110,11 +113,19 @@ def _measures(region_map: RegionMap) -> tuple[tuple[float, float, int], ...]:
 
 
 @cache
-def _pairs(region_map: RegionMap) -> tuple[tuple[int, int], ...]:
-    """Regions that differ clearly: 25 px in a direction, or twice the area."""
+def _pairs(region_map: RegionMap) -> dict[str, list[tuple[int, int]]]:
+    """Family -> regions that differ clearly: by 25 px in a direction, or by twice the area."""
     measures = _measures(region_map)
     seen = [index for index, measure in enumerate(measures) if measure[2] >= 150]
-    return tuple(pair for pair in combinations(seen, 2) if _contrasts(measures[pair[0]], measures[pair[1]]))
+    found: dict[str, list[tuple[int, int]]] = {"map_direction": [], "map_size": []}
+    for pair in combinations(seen, 2):
+        for family in {_asked_by(word) for word in _contrasts(measures[pair[0]], measures[pair[1]])}:
+            found[family].append(pair)
+    return found
+
+
+def _asked_by(word: str) -> str:
+    return "map_size" if word in ("larger", "smaller") else "map_direction"
 
 
 def _contrasts(first: tuple[float, float, int], second: tuple[float, float, int]) -> list[str]:
@@ -132,32 +143,39 @@ def _contrasts(first: tuple[float, float, int], second: tuple[float, float, int]
 _OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east", "larger": "smaller", "smaller": "larger"}
 
 
-def _map_group(pool: Pool, rng: random.Random, count: int) -> Group:
-    candidates = [region_map for region_map in rng.sample(pool.maps, len(pool.maps)) if _pairs(region_map)]
-    if not candidates:
-        raise ValueError(f"no map of split {pool.split!r} has two regions that differ clearly")
-    chosen = candidates[0]
-    regions = rng.sample(rng.choice(_pairs(chosen)), 2)
+def _map_group(pool: Pool, rng: random.Random, count: int, lead: str) -> Group:
+    """Two regions of a map that differ in what the leading question asks for; the others ask what else they differ in."""
+    chosen, pairs = next(
+        ((region_map, found) for region_map in rng.sample(pool.maps, len(pool.maps)) if (found := _pairs(region_map)[lead])), (None, ())
+    )
+    if chosen is None:
+        raise ValueError(f"no map of split {pool.split!r} has two regions that differ clearly ({lead})")
+    regions = rng.sample(rng.choice(pairs), 2)
     colours = rng.sample(sorted(COLOURS), 2)
     contrasts = _contrasts(*(_measures(chosen)[region] for region in regions))
     rng.shuffle(contrasts)
+    contrasts.sort(key=lambda word: _asked_by(word) != lead)
     questions = []
     for index in range(count):
         true_of_first = contrasts[index % len(contrasts)]
         asks_first = rng.random() < 0.5
         word = true_of_first if asks_first else _OPPOSITE[true_of_first]
-        family = "map_size" if word in ("larger", "smaller") else "map_direction"
+        family = _asked_by(word)
         options = rng.sample(colours, 2)
         asked = pool.ask(rng, family, x=word, a=options[0], b=options[1])
         answer = colours[0] if asks_first else colours[1]
         questions.append(Question(asked, (answer,), (f"map of {chosen.name}",), choices=tuple(options)))
-    return Group((_draw_map(rng, chosen, regions, colours),), tuple(questions), ({"map": chosen.name, "regions": _truth(chosen, regions, colours)},))
+    return Group(
+        (_draw_map(rng, chosen, regions, colours),), tuple(questions), ({"map": chosen.name, "regions": _truth(chosen, regions, colours)},)
+    )
 
 
 def _truth(chosen: RegionMap, regions: list[int], colours: list[str]) -> dict[str, dict[str, float]]:
     """Colour -> centroid (pixels of the map, x to the east, y to the south) and area in pixels."""
     measured = [_measures(chosen)[region] for region in regions]
-    return {colour: {"x": round(x, 1), "y": round(y, 1), "pixels": pixels} for colour, (x, y, pixels) in zip(colours, measured, strict=True)}
+    return {
+        colour: {"x": round(x, 1), "y": round(y, 1), "pixels": pixels} for colour, (x, y, pixels) in zip(colours, measured, strict=True)
+    }
 
 
 def _draw_map(rng: random.Random, chosen: RegionMap, regions: list[int], colours: list[str]) -> Image.Image:
