@@ -1,6 +1,6 @@
 """Metrics: an output and its sample in, a score of 0 to 100 out, with further figures beside it.
 
-`METRICS` names each with its version and its source, and `describe()` prints them. tests/test_evaluation_metrics.py holds every one
+`METRICS` names each with its version and its source, and `describe()` prints them. tests/test_evaluation_references.py holds every one
 against its reference implementation on recorded cases, and names where and why they differ.
 
 Several references: the best one counts (except CIDEr-D, which averages, and soft accuracy, which counts annotators).
