@@ -79,11 +79,10 @@ class Scorer:
                 raise ValueError(f"sample {sample.id!r}: captions are scored with training frequencies; name a train file in the suite")
             if not references(sample):
                 raise ValueError(f"sample {sample.id!r}: no reference answer; give it `answers` or a last turn of the assistant")
-            for key in ("checklist", "beats"):
-                try:
-                    _phrases(sample.meta, key)
-                except ValueError as error:
-                    raise ValueError(f"sample {sample.id!r}: {error}") from error
+            try:
+                _phrases(sample.meta, {"description": "checklist", "story": "beats"}.get(self.metric(sample), ""))
+            except ValueError as error:
+                raise ValueError(f"sample {sample.id!r}: {error}") from error
 
     def score(self, output: str, sample: Sample) -> Scored:
         return METRICS[self.metric(sample)].function(output, sample, self.context)
