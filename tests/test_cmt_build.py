@@ -173,7 +173,8 @@ from llava_collab.cmt import build_cmt
 from llava_collab.cmt.sources import read_world
 if __name__ == "__main__":
     out = Path(sys.argv[1])
-    build_cmt(out / "cmt", train=28, val=0, test=14, decision=0, test_object=7, test_template=7, workers=2, world=read_world(make_assets(out)))
+    sizes = dict(train=28, val=0, test=14, decision=0, test_object=7, test_template=7)
+    build_cmt(out / "cmt", **sizes, workers=2, world=read_world(make_assets(out)))
 """
 
 

@@ -105,9 +105,7 @@ def single(pool: Pool, rng: random.Random, thing: Thing, chosen: Background | No
     return Scene(image, (paste(image, rng, thing, (centre[0], centre[1]), longest),), ground.place)
 
 
-def grid(
-    pool: Pool, rng: random.Random, things: list[Thing], large: list[bool] | None = None, chosen: Background | None = None
-) -> Scene:
+def grid(pool: Pool, rng: random.Random, things: list[Thing], large: list[bool] | None = None, chosen: Background | None = None) -> Scene:
     """Up to four things in different cells; `large` says which of them are about twice as long as the others (default: any)."""
     ground = chosen or rng.choice(pool.backgrounds)
     image = draw.background(rng, ground)

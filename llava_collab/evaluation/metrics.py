@@ -1,6 +1,6 @@
 """Metrics: an output and its sample in, a score of 0 to 100 out, with further figures beside it.
 
-`METRICS` names each with its version and its source, and `describe()` prints them. tests/test_evaluation_metrics.py holds every one
+`METRICS` names each with its version and its source, and `describe()` prints them. tests/test_evaluation_references.py holds every one
 against its reference implementation on recorded cases, and names where and why they differ.
 
 Several references: the best one counts (except CIDEr-D, which averages, and soft accuracy, which counts annotators).
@@ -80,12 +80,13 @@ class Scorer:
             if not references(sample):
                 raise ValueError(f"sample {sample.id!r}: no reference answer; give it `answers` or a last turn of the assistant")
             name = self.metric(sample)
+            read = {"description": _checklist, "checklist": _checklist, "beats": _beats}.get(name)
             try:
-                found = {"checklist": _checklist(sample.meta), "beats": _beats(sample.meta)}
+                found = read(sample.meta) if read else None
             except ValueError as error:
                 raise ValueError(f"sample {sample.id!r}: {error}") from error
-            if name in found and not found[name]:
-                raise ValueError(f"sample {sample.id!r}: metric {name!r} needs a {name} to score by; the sample has none")
+            if name in ("checklist", "beats") and not found:
+                raise ValueError(f"sample {sample.id!r}: metric {name!r} scores by the sample's {name}, and it has none")
 
     def score(self, output: str, sample: Sample) -> Scored:
         return METRICS[self.metric(sample)].function(output, sample, self.context)

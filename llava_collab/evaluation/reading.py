@@ -42,7 +42,7 @@ class Line:
 @cache
 def _engine() -> Any:
     try:
-        from rapidocr import RapidOCR
+        from rapidocr import RapidOCR  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("reading pictures needs an OCR engine: pip install 'llava_collab[ocr]'") from error
     return RapidOCR(params={"Global.log_level": "error", "Global.use_cls": False})  # nothing stands upside down
@@ -56,11 +56,10 @@ def read_lines(path: Path) -> list[Line]:
     with Image.open(path) as opened:
         image = ImageOps.expand(opened.convert("RGB"), _WIDENED, "white")
     found = _engine()(np.asarray(image)[:, :, ::-1])
-    boxes = () if found.boxes is None else found.boxes
     lines = []
-    for text, corners in zip(found.txts or (), boxes, strict=True):
-        (x0, y0), (x1, y1) = corners.min(0) - _WIDENED, corners.max(0) - _WIDENED
-        lines.append(Line(text.strip(), float(x0), float(y0), float(x1), float(y1)))
+    for text, corners_42 in zip(found.txts or (), [] if found.boxes is None else found.boxes, strict=True):
+        corners_42 = np.asarray(corners_42) - _WIDENED
+        lines.append(Line(text.strip(), *map(float, (*corners_42.min(0), *corners_42.max(0)))))
     return sorted(lines, key=lambda line: (line.y, line.x))
 
 

@@ -35,13 +35,11 @@ _CONTRACTED = [stem + ending for ending, stems in _STEMS.items() for stem in ste
 _CONTRACTED += ["ma'am", "o'clock", "'twas", "y'all"]
 CONTRACTIONS = {word[:at] + word[at + 1 :]: word for word in _CONTRACTED for at, mark in enumerate(word) if mark == "'"}
 
-_IRREGULAR = dict(
-    pair.split(":")
-    for pair in (
-        "men:man people:person children:child feet:foot teeth:tooth geese:goose mice:mouse knives:knife wives:wife leaves:leaf loaves:loaf "
-        "wolves:wolf shelves:shelf calves:calf halves:half scarves:scarf thieves:thief hooves:hoof oxen:ox shoe:shoe shoes:shoe"
-    ).split()
+_PLURALS = (
+    "men:man people:person children:child feet:foot teeth:tooth geese:goose mice:mouse knives:knife wives:wife leaves:leaf loaves:loaf "
+    "wolves:wolf shelves:shelf calves:calf halves:half scarves:scarf thieves:thief hooves:hoof oxen:ox shoe:shoe shoes:shoe"
 )
+_IRREGULAR = {many: one for many, one in (pair.split(":") for pair in _PLURALS.split())}
 _COMMON = {"ie": "y", "oe": "o", "use": "us", "men": "man"}  # cookie(s), tomato(es), bus(es), woman and women
 _POLARITY = {"yes": True, "true": True, "no": False, "false": False}
 _NUMBER = re.compile(r"[$€£¥]?\s*([-+−]?)[$€£¥]?\s*(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?\s*%?")
