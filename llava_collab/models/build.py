@@ -302,9 +302,10 @@ def extract_features(model: HyperLlavaForConditionalGeneration, pixel_values_N3H
 
     `tower`: a copy to compute them with instead of the model's own.
     """
-    config, tower = model.config, tower or model.model.vision_tower
-    parameter = next(tower.parameters())
-    outputs = tower(pixel_values_N3HW.to(parameter.device, parameter.dtype), output_hidden_states=True, return_dict=True)
+    config = model.config
+    seeing: Any = tower or model.model.vision_tower
+    parameter = next(seeing.parameters())
+    outputs = seeing(pixel_values_N3HW.to(parameter.device, parameter.dtype), output_hidden_states=True, return_dict=True)
     layers = config.vision_feature_layer
     states = [outputs.hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
     start = 1 if _strategy(model) == "default" else 0
