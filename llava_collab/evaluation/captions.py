@@ -1,23 +1,31 @@
-"""CIDEr-D with document frequencies fixed from training references.
+"""Caption metrics: CIDEr-D with document frequencies fixed from training references, and METEOR where Java is.
 
-Source: Vedantam, Zitnick, Parikh, "CIDEr: Consensus-based Image Description Evaluation" (CVPR 2015), the -D variant of COCO's evaluation:
+CIDEr-D: Vedantam, Zitnick, Parikh, "CIDEr: Consensus-based Image Description Evaluation" (CVPR 2015), the -D variant of COCO's evaluation:
 n-grams of 1 to 4 words, clipped tf-idf cosine, Gaussian length penalty with sigma 6. COCO takes document frequencies from the test
 references; with a hundred test items these are unstable, so here they come from the training references, stored in a file of their own.
+
+METEOR 1.5: Denkowski and Lavie, "Meteor Universal" (WMT 2014), by its own program, the jar in pycocoevalcap, with COCO's settings.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import logging
 import math
+import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from llava_collab.evaluation.text import caption_tokens
 from llava_collab.files import write_text
 
+_log = logging.getLogger(__name__)
 Ngram = tuple[str, ...]
 MAX_N = 4
 SIGMA = 6.0
@@ -96,3 +104,50 @@ def _similarity(candidate: _Vector, reference: _Vector) -> float:
         if norm and other_norm:
             total += sum(min(w, other.get(ngram, 0.0)) * other.get(ngram, 0.0) for ngram, w in part.items()) / (norm * other_norm)
     return total / MAX_N * math.exp(-((candidate.length - reference.length) ** 2) / (2 * SIGMA**2))
+
+
+def meteor(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, list[float]] | None:
+    """METEOR 1.5 of a corpus and of each of its outputs, 0..100; the corpus figure is no mean, it adds up matches and lengths.
+
+    None, with a line in the log, without Java or pycocoevalcap. One program serves all calls of a process.
+    """
+    program = _meteor_program()
+    if program is None or not outputs:
+        return None
+    try:
+        statistics = []
+        for output, texts in zip(outputs, references, strict=True):
+            statistics.append(_ask(program, "SCORE", *(" ".join(caption_tokens(text)) for text in (*texts, output))))
+        scores = [float(_ask(program, "EVAL", *statistics)), *(float(_line(program)) for _ in statistics)]
+    except OSError as error:
+        program.kill()
+        _log.warning("no METEOR: %s (it takes 1 GB of memory)", error)
+        return None
+    return 100.0 * scores.pop(), [100.0 * score for score in scores]
+
+
+@cache
+def _meteor_program() -> subprocess.Popen[str] | None:
+    java, package = shutil.which("java"), importlib.util.find_spec("pycocoevalcap")
+    if java is None or package is None:
+        _log.info("no METEOR: it needs Java and `pip install 'llava_collab[meteor]'`")
+        return None
+    jar = Path(next(iter(package.submodule_search_locations or ()))) / "meteor" / "meteor-1.5.jar"
+    command = [java, "-Xmx1G", "-Dfile.encoding=UTF-8", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
+
+
+def _ask(program: subprocess.Popen[str], *parts: str) -> str:
+    assert program.stdin is not None
+    program.stdin.write(" ||| ".join(parts) + "\n")
+    program.stdin.flush()
+    return _line(program)
+
+
+def _line(program: subprocess.Popen[str]) -> str:
+    assert program.stdout is not None
+    line = program.stdout.readline()
+    if not line:
+        raise OSError("its program ended")
+    return line.strip()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from llava_collab.evaluation.metrics import VERSION, Scorer, references
+from llava_collab.evaluation.metrics import Scorer, references
 from llava_collab.evaluation.records import RECORDS, Row, dump, open_run, read_rows, write_rows
 from llava_collab.types import Answer, Model, Request
 
@@ -95,7 +95,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """What must be equal for two runs to be the same one; also what a reader needs to trust a number."""
     frequencies = scorer.context.frequencies
-    metrics = {"version": VERSION, "categories": dict(scorer.categories)}
+    metrics: dict[str, Any] = {"versions": scorer.versions, "categories": dict(scorer.categories)}
     metrics["families"] = {f"{category}/{family}": metric for (category, family), metric in sorted(scorer.families.items())}
     metrics["frequencies_sha256"] = frequencies.sha256() if frequencies else None
     metrics["objects_sha256"] = _sha256(scorer.context.objects)

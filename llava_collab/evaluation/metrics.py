@@ -1,15 +1,7 @@
 """Metrics: an output and its sample in, a score of 0 to 100 out, with further figures beside it.
 
-| name | score | checked against |
-|---|---|---|
-| `vqa` | VQA soft accuracy where the sample carries `human_answers`, else normalised exact match | VQA v2 rules (transcribed) |
-| `accuracy` | closed answers: yes/no, options, exact match | own rules |
-| `caption` | 10 x CIDEr-D, which is 0..100 (the literature prints 100 x CIDEr-D); BLEU-4 beside | pycocoevalcap (recorded), sacrebleu |
-| `description` | ROUGE-L F; checklist recall, CHAIR and length beside | rouge-score |
-| `story` | ROUGE-L F; beats recall beside | rouge-score |
-| `rouge_l` | ROUGE-L F | rouge-score |
-| `anls` | normalised Levenshtein similarity, threshold 0.5; `accuracy` for items with `choices` | anls-star |
-| `relaxed` | within 5 % for numbers, ANLS for the rest; `accuracy` for items with `choices` | traps in tests |
+`METRICS` names each with its version and its source, and `describe()` prints them. tests/test_evaluation_references.py holds every one
+against its reference implementation on recorded cases, and names where and why they differ.
 
 Several references: the best one counts (except CIDEr-D, which averages, and soft accuracy, which counts annotators).
 """
@@ -17,9 +9,11 @@ Several references: the best one counts (except CIDEr-D, which averages, and sof
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from string import punctuation, whitespace
 from typing import TYPE_CHECKING, Any
 
 from llava_collab.evaluation.captions import DocumentFrequencies, cider_d
@@ -27,9 +21,6 @@ from llava_collab.evaluation.text import caption_tokens, find_phrases, normalise
 
 if TYPE_CHECKING:
     from llava_collab.data.samples import Sample
-
-VERSION = "1"
-"""Changes with every change that can move a score; part of a run's identity."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +79,18 @@ class Scorer:
                 raise ValueError(f"sample {sample.id!r}: captions are scored with training frequencies; name a train file in the suite")
             if not references(sample):
                 raise ValueError(f"sample {sample.id!r}: no reference answer; give it `answers` or a last turn of the assistant")
+            try:
+                _phrases(sample.meta, {"description": "checklist", "story": "beats"}.get(self.metric(sample), ""))
+            except ValueError as error:
+                raise ValueError(f"sample {sample.id!r}: {error}") from error
 
     def score(self, output: str, sample: Sample) -> Scored:
-        return METRICS[self.metric(sample)](output, sample, self.context)
+        return METRICS[self.metric(sample)].function(output, sample, self.context)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of the metrics in use, by name: a part of a run's identity."""
+        return {name: METRICS[name].version for name in sorted({*self.categories.values(), *self.families.values()})}
 
 
 def references(sample: Sample) -> tuple[str, ...]:
@@ -104,9 +104,9 @@ def vqa(output: str, sample: Sample, context: Context) -> Scored:
     """`vqa_soft` where `meta["human_answers"]` lists one answer an annotator (two or more), else `exact_match`."""
     people = sample.meta.get("human_answers") or ()
     if len(people) >= 2:
-        return Scored(100.0 * soft_accuracy(output, people), "vqa_soft", _yes(output, people))
+        return Scored(100.0 * soft_accuracy(output, people), "vqa_soft", _yes(output, Counter(people).most_common(1)[0][0]))
     options = references(sample)
-    return Scored(100.0 * any(same_answer(output, option) for option in options), "exact_match", _yes(output, options))
+    return Scored(100.0 * any(same_answer(output, option) for option in options), "exact_match", _yes(output, options[0]))
 
 
 def soft_accuracy(output: str, people: Sequence[str]) -> float:
@@ -120,11 +120,13 @@ def soft_accuracy(output: str, people: Sequence[str]) -> float:
 
 
 def same_answer(left: str, right: str) -> bool:
-    """Equal after the VQA normaliser; where it leaves nothing (the option `A` is an article), equal but for case and marks."""
+    """Equal after the VQA normaliser; where it leaves nothing (the option `A` is an article), equal but for case and outer marks."""
     a, b = normalise_answer(left), normalise_answer(right)
-    if a or b:
-        return a == b
-    return left.strip(" .()").lower() == right.strip(" .()").lower()
+    return a == b if a or b else _bare(left) == _bare(right)
+
+
+def _bare(text: str) -> str:
+    return text.strip(punctuation + whitespace).lower() or text.strip()
 
 
 def accuracy(output: str, sample: Sample, context: Context) -> Scored:
@@ -136,7 +138,7 @@ def accuracy(output: str, sample: Sample, context: Context) -> Scored:
         right = polarity(output) == polarity(options[0])
     elif not right:
         right = any(same_answer(picked, option) for picked in _picked(output, choices) for option in options)
-    return Scored(100.0 * right, "accuracy", _yes(output, options))
+    return Scored(100.0 * right, "accuracy", _yes(output, options[0]))
 
 
 def _picked(output: str, choices: Sequence[str]) -> list[str]:
@@ -156,11 +158,11 @@ def _is_polar(answer: str) -> bool:
     return normalise_answer(answer) in {"yes", "no", "true", "false"}
 
 
-def _yes(output: str, options: Sequence[str]) -> dict[str, float]:
+def _yes(output: str, answer: str) -> dict[str, float]:
     """For yes/no items: did it say yes, is yes right; balanced accuracy and yes-rate are computed from these."""
-    if not _is_polar(options[0]):
+    if not _is_polar(answer):
         return {}
-    return {"said_yes": 100.0 * (polarity(output) is True), "is_yes": 100.0 * (polarity(options[0]) is True)}
+    return {"said_yes": 100.0 * (polarity(output) is True), "is_yes": 100.0 * (polarity(answer) is True)}
 
 
 def caption(output: str, sample: Sample, context: Context) -> Scored:
@@ -170,20 +172,28 @@ def caption(output: str, sample: Sample, context: Context) -> Scored:
     if context.frequencies is None:
         raise ValueError("captions are scored with training frequencies; name a train file in the suite")
     value = cider_d(output, references(sample), context.frequencies)
-    bleu = sacrebleu.sentence_bleu(output, list(references(sample))).score
+    bleu = sacrebleu.sentence_bleu(output, list(references(sample)), lowercase=True).score
     beside = {"cider_d_x100": 100.0 * value, "bleu4_sentence": bleu, "rouge_l": rouge_l(output, references(sample))}
     return Scored(10.0 * value, "cider_d", {**beside, "words": float(len(caption_tokens(output)))})
+
+
+class _Words:
+    """Tokens of rouge-score for ASCII texts; other letters, which that would drop, are kept (else a right answer in Chinese scores 0)."""
+
+    @staticmethod
+    def tokenize(text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
 
 
 @cache
 def _rouge() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], use_stemmer=False)
+    return RougeScorer(["rougeL"], tokenizer=_Words())
 
 
 def rouge_l(output: str, options: Sequence[str]) -> float:
-    """ROUGE-L F (rouge-score, no stemming), best over the references, 0..100."""
+    """ROUGE-L F (rouge-score, no stemming), best over the references, 0..100. COCO's ROUGE-L weighs recall more and is another number."""
     return 100.0 * _rouge().score_multi(list(options), output)["rougeL"].fmeasure
 
 
@@ -200,27 +210,66 @@ def description(output: str, sample: Sample, context: Context) -> Scored:
 
 
 def story(output: str, sample: Sample, context: Context) -> Scored:
-    """ROUGE-L F; recall of `meta["beats"]`; length in words."""
-    beside = {"words": float(len(output.split())), **recall(output, sample.meta, "beats")}
+    """ROUGE-L F; recall and order of `meta["beats"]`; length in words."""
+    beside = {"words": float(len(output.split())), **recall(output, sample.meta, "beats"), **beats_in_order(output, sample.meta)}
     return Scored(rouge_l(output, references(sample)), "rouge_l", beside)
 
 
 def recall(output: str, meta: Mapping[str, Any], key: str) -> dict[str, float]:
-    """`{key}_recall`: per cent of the phrases in `meta[key]` that the output holds (singular, articles aside); {} without any."""
-    phrases = [phrase for phrase in map(phrase_key, meta.get(key) or ()) if phrase]
-    if not phrases:
+    """`{key}_recall`: per cent of the phrases in `meta[key]` that the output holds (singular, articles aside); {} without any.
+
+    `meta[key]` is a list of phrases, or a mapping of such lists by kind (objects, attributes, ...), each of which then has its own
+    `{key}_{kind}_recall` as well. Raises ValueError for anything else.
+    """
+    words = phrase_key(output)
+    found = {kind: [bool(_places(words, phrase)) for phrase in phrases] for kind, phrases in _phrases(meta, key).items()}
+    figures = {f"{key}_recall": [hit for hits in found.values() for hit in hits]}
+    figures |= {f"{key}_{kind}_recall": hits for kind, hits in found.items() if kind}
+    return {name: 100.0 * sum(hits) / len(hits) for name, hits in figures.items() if hits}
+
+
+def beats_in_order(output: str, meta: Mapping[str, Any]) -> dict[str, float]:
+    """`beats_in_order`: per cent of the adjacent pairs of found beats that stand in the order of `meta["beats"]`; {} with fewer than two.
+
+    A beat stands at its first place behind the beat before it; where it has none there, the pair is out of order and it stands at its
+    very first place. So a text that tells the beats in order has 100, whatever else it repeats.
+    """
+    words = phrase_key(output)
+    found = [places for phrases in _phrases(meta, "beats").values() for phrase in phrases if (places := _places(words, phrase))]
+    if len(found) < 2:
         return {}
-    text = f" {' '.join(phrase_key(output))} "
-    return {f"{key}_recall": 100.0 * sum(f" {' '.join(phrase)} " in text for phrase in phrases) / len(phrases)}
+    at = found[0][0]
+    right = 0
+    for places in found[1:]:
+        behind = next((place for place in places if place > at), None)
+        right += behind is not None
+        at = places[0] if behind is None else behind
+    return {"beats_in_order": 100.0 * right / (len(found) - 1)}
+
+
+def _phrases(meta: Mapping[str, Any], key: str) -> dict[str, list[tuple[str, ...]]]:
+    """Phrases of `meta[key]` as they are compared, by kind; a plain list is of the kind "". Phrases of articles alone are left out."""
+    value = meta.get(key) or ()
+    kinds = value if isinstance(value, Mapping) else {"": value}
+    for phrases in kinds.values():
+        if not isinstance(phrases, list | tuple) or not all(isinstance(phrase, str) for phrase in phrases):
+            raise ValueError(f"{key} has to be a list of phrases, or a mapping of such lists by kind; found {value!r}")
+    return {kind: [words for words in map(phrase_key, phrases) if words] for kind, phrases in kinds.items()}
+
+
+def _places(words: Sequence[str], phrase: Sequence[str]) -> list[int]:
+    """Every index at which the phrase begins."""
+    return [at for at in range(len(words) - len(phrase) + 1) if words[at : at + len(phrase)] == phrase]
 
 
 def chair(output: str, present: set[tuple[str, ...]], objects: Sequence[tuple[str, ...]]) -> dict[str, float]:
     """Object hallucination (CHAIR, Rohrbach et al. 2018): `chair_i` per cent of the objects named that are not there, `chair_s` any at all.
 
-    Object names are matched as words; there is no synonym list. `chair_i` is left out where no object is named.
+    Every mention counts, as in the authors' code (their formula has sets). Object names are matched as words; there is no synonym list.
+    `chair_i` is left out where no object is named.
     """
-    named = set(find_phrases(output, objects))
-    wrong = named - present
+    named = find_phrases(output, objects)
+    wrong = [name for name in named if name not in present]
     beside = {"chair_s": 100.0 * bool(wrong), "objects_named": float(len(named))}
     return {**beside, "chair_i": 100.0 * len(wrong) / len(named)} if named else beside
 
@@ -230,12 +279,17 @@ def _object_keys(meta: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def anls(output: str, options: Sequence[str], threshold: float = 0.5) -> float:
-    """Best 1 - edit distance / longer length over the references, 0 below the threshold; 0..1 (Biten et al. 2019)."""
+    """Best 1 - edit distance / longer length over the references, 0 below the threshold; 0..1 (Biten et al. 2019).
+
+    A similarity of exactly the threshold counts, as in anls-star and the field's harnesses; the paper's formula has 0 there.
+    """
     best = 0.0  # case and spacing don't count, as in anls-star
     prediction = " ".join(output.lower().split())
     for option in options:
         target = " ".join(option.lower().split())
         longer = max(len(prediction), len(target))
+        if longer and 1.0 - abs(len(prediction) - len(target)) / longer < threshold:
+            continue  # the lengths alone put it below; an endless output costs nothing
         similarity = 1.0 - _edit_distance(prediction, target) / longer if longer else 1.0
         best = max(best, similarity if similarity >= threshold else 0.0)
     return best
@@ -279,13 +333,57 @@ def _relaxed_one(output: str, option: str, tolerance: float = 0.05) -> float:
     return float(value is not None and abs(value - target) <= tolerance * abs(target) * (1 + 1e-9))
 
 
-METRICS: dict[str, Callable[[str, Sample, Context], Scored]] = {
-    "vqa": vqa,
-    "accuracy": accuracy,
-    "caption": caption,
-    "description": description,
-    "story": story,
-    "rouge_l": _rouge_only,
-    "anls": _anls,
-    "relaxed": relaxed,
+@dataclass(frozen=True)
+class Metric:
+    """A metric as suites name it. `version` is raised with every change that can move a figure of it; `source` is what it follows."""
+
+    name: str
+    version: str
+    source: str
+    function: Callable[[str, Sample, Context], Scored]
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "vqa",
+            "2",
+            "VQA soft accuracy (Antol et al. 2015; the official evaluation code) where the sample has `human_answers`, "
+            "else exact match after its normaliser",
+            vqa,
+        ),
+        Metric(
+            "accuracy", "2", "own rules for closed answers (yes/no, options, exact match); balanced accuracy as in scikit-learn", accuracy
+        ),
+        Metric(
+            "caption",
+            "2",
+            "10 x CIDEr-D (Vedantam et al. 2015; pycocoevalcap) with training frequencies, 0..100 (the literature prints 100 x CIDEr-D); "
+            "BLEU-4 by sacrebleu, METEOR 1.5 and ROUGE-L beside",
+            caption,
+        ),
+        Metric(
+            "description",
+            "2",
+            "ROUGE-L F (Lin 2004; rouge-score); checklist recall (own) and CHAIR (Rohrbach et al. 2018; the authors' code) beside",
+            description,
+        ),
+        Metric("story", "2", "ROUGE-L F (Lin 2004; rouge-score); recall and order of beats (own) and METEOR 1.5 beside", story),
+        Metric("rouge_l", "2", "ROUGE-L F (Lin 2004; rouge-score)", _rouge_only),
+        Metric("anls", "2", "ANLS (Biten et al. 2019; anls-star), threshold 0.5; `accuracy` for items with `choices`", _anls),
+        Metric(
+            "relaxed",
+            "2",
+            "relaxed accuracy (Methani et al. 2020; lmms-eval's ChartQA) for numbers, ANLS for others; `accuracy` for items with `choices`",
+            relaxed,
+        ),
+    )
 }
+
+
+def describe() -> str:
+    """The metrics as a Markdown table: name, version, what is computed and after whom."""
+    rows = [("metric", "version", "what it computes, and after whom"), ("---",) * 3]
+    rows += [(f"`{metric.name}`", metric.version, metric.source) for metric in METRICS.values()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

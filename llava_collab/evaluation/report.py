@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llava_collab.evaluation.captions import meteor
 from llava_collab.evaluation.records import RecordError, Row, differing, read_rows, read_run
 from llava_collab.evaluation.statistics import MACRO, Interval, bootstrap
 
@@ -130,7 +131,7 @@ def by_category(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def beside(rows: Sequence[Row]) -> dict[str, float]:
-    """Further figures of one category's scored rows: means of `scores`; balanced accuracy and yes-rate; corpus BLEU-4; exact share."""
+    """Further figures of one category's scored rows: means of `scores`; balanced accuracy and yes-rate; corpus BLEU-4; METEOR."""
     values: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         for name, value in row["scores"].items():
@@ -139,7 +140,11 @@ def beside(rows: Sequence[Row]) -> dict[str, float]:
     figures = {name: float(np.mean(column)) for name, column in values.items()}
     figures |= yes_no([row for row in rows if "is_yes" in row["scores"]])
     captions = [row for row in rows if row["metric"] == "cider_d"]
-    return figures | ({"bleu4": corpus_bleu(captions)} if captions else {})
+    if captions:
+        figures["bleu4"] = corpus_bleu(captions)
+    told = [row for row in rows if row["metric"] == "cider_d" or "beats_recall" in row["scores"]]
+    scored = meteor([row["output"] for row in told], [row["references"] for row in told])
+    return figures | ({"meteor": scored[0]} if scored else {})
 
 
 def yes_no(rows: Sequence[Row]) -> dict[str, float]:

@@ -17,7 +17,8 @@ NUMBER_WORDS = {
     for word in words
 }
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# Contractions without their apostrophe, by ending. Ambiguous words (its, were, well, ill, shed, id) stay, as in the official list.
+# The official table: single words by ending, and forms of several apostrophes, each with one apostrophe lost. Ambiguous words (its, were,
+# well, ill, shed, id) are not in it.
 _STEMS = {
     "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
     "'ve": "could might must not should they we what where who would you",
@@ -26,21 +27,41 @@ _STEMS = {
     "'ll": "how it somebody someone something they what who why you",
     "'re": "there they what why you",
 }
-CONTRACTIONS = {stem + ending.replace("'", ""): stem + ending for ending, stems in _STEMS.items() for stem in stems.split()}
-CONTRACTIONS |= {"maam": "ma'am", "oclock": "o'clock", "twas": "'twas", "yall": "y'all"}
+_SEVERAL = (
+    "couldn't've hadn't've mightn't've shouldn't've wouldn't've he'd've it'd've she'd've somebody'd've someone'd've something'd've "
+    "there'd've they'd've we'd've who'd've y'all'd've y'all'll you'd've 'ow's'at"
+)
+_CONTRACTED = [stem + ending for ending, stems in _STEMS.items() for stem in stems.split()] + _SEVERAL.split()
+_CONTRACTED += ["ma'am", "o'clock", "'twas", "y'all"]
+CONTRACTIONS = {word[:at] + word[at + 1 :]: word for word in _CONTRACTED for at, mark in enumerate(word) if mark == "'"}
 
+_PLURALS = (
+    "men:man people:person children:child feet:foot teeth:tooth geese:goose mice:mouse knives:knife wives:wife leaves:leaf loaves:loaf "
+    "wolves:wolf shelves:shelf calves:calf halves:half scarves:scarf thieves:thief hooves:hoof oxen:ox shoe:shoe shoes:shoe"
+)
+_IRREGULAR = {many: one for many, one in (pair.split(":") for pair in _PLURALS.split())}
+_COMMON = {"ie": "y", "oe": "o", "use": "us", "men": "man"}  # cookie(s), tomato(es), bus(es), woman and women
 _POLARITY = {"yes": True, "true": True, "no": False, "false": False}
 _NUMBER = re.compile(r"[$€£¥]?\s*([-+−]?)[$€£¥]?\s*(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?\s*%?")
-# PTB-like pieces: clitics as their own token, numbers with inner marks whole, hyphenated words whole.
-_CAPTION_PIECE = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,:]\d+)+|\w+?(?=n't\b)|\w+(?:-\w+)*|[^\w\s]")
-_CAPTION_DROPPED = frozenset("'`.?!,:;-\"()[]{}“”‘’…–—")
+# Tokens as the Penn Treebank has them: clitics on their own; abbreviations, numbers with inner marks, and words joined by hyphens or
+# slashes whole. Marks beyond Latin-1 (emoji, zero-width marks) are no tokens.
+_CAPTION_PIECE = re.compile(
+    r"""n't\b | '(?:s|re|ve|ll|d|m)\b | o'clock\b | ma'am\b
+    | (?:[^\W\d_]\.){2,} | [a-hj-z]\.(?!\w) | (?:mr|mrs|ms|dr|prof|st|mt|jr|sr|vs|etc|inc|ltd)\.
+    | [+-]?(?:\d+(?:[.,:]\d+)+ | \d+/\d+ | \.\d+) | (?<!\w)[+-]\d+
+    | \w+?(?=n't\b) | \w+(?:[-/]\w+)* | [!-~¡-ÿ]""",
+    re.VERBOSE,
+)
+_CAPTION_JOINED = re.compile(r"\b(can(?=not\b)|(?:gim|lem)(?=me\b)|(?:gon|wan)(?=na\b)|got(?=ta\b))")
+_CAPTION_DROPPED = frozenset("'`.?!,:;-\"()[]{}")
 
 
 def normalise_answer(text: str) -> str:
     """The normaliser of the VQA challenge (VQA v2 evaluation code): punctuation, lower case, number words, articles, contractions.
 
     A mark next to a space, or any mark where the text holds a number such as `1,000`, vanishes; other marks become a space. Full stops
-    vanish unless a digit follows. Contractions of one apostrophe are restored (`dont` -> `don't`); those of two (`couldntve`) are not.
+    vanish unless a digit follows. Contractions that lost one apostrophe get it back (`dont` -> `don't`). A typographic apostrophe counts as
+    a plain one, which the official code does not do.
     """
     text = text.replace("\n", " ").replace("\t", " ").replace("’", "'").strip()
     grouped = re.search(r"\d,\d", text) is not None
@@ -55,11 +76,11 @@ def normalise_answer(text: str) -> str:
 def caption_tokens(text: str) -> list[str]:
     """Lower-case tokens of a caption, without punctuation: a small stand-in for the Java PTBTokenizer of COCO's evaluation.
 
-    Agrees with it on plain captions (clitics split off, hyphenated words and times kept whole). Known difference: PTBTokenizer keeps
-    brackets as `-lrb-` and `-rrb-`, which are dropped here.
+    Agrees with it on captions as people write them. Known differences: PTBTokenizer keeps brackets as `-lrb-` and `-rrb-` and runs like
+    `?!`, which are dropped here; it rewrites some signs (a euro becomes a dollar), knows more abbreviations, and keeps addresses and tags.
     """
-    pieces = _CAPTION_PIECE.findall(text.lower().replace("’", "'"))
-    return [piece for piece in pieces if piece not in _CAPTION_DROPPED]
+    text = _CAPTION_JOINED.sub(r"\1 ", text.lower().replace("’", "'"))
+    return [piece for piece in _CAPTION_PIECE.findall(text) if piece not in _CAPTION_DROPPED]
 
 
 def parse_number(text: str) -> float | None:
@@ -83,12 +104,20 @@ def words_of(text: str) -> list[str]:
 
 
 def singular(word: str) -> str:
-    """A rough singular, used on both sides of a comparison: `boxes` -> `box`, `cherries` -> `cherry`, `glass` stays."""
-    if len(word) > 4 and word.endswith("ies"):
-        return word[:-3] + "y"
+    """A rough singular, used on both sides of a comparison: `boxes` -> `box`, `knives` -> `knife`, `glass` stays.
+
+    Not always a word: where English can't be undone by rule both forms go to a third (`cookie`, `cookies` -> `cooky`).
+    """
+    if word in _IRREGULAR:
+        return _IRREGULAR[word]
     if len(word) > 4 and word.endswith(("ches", "shes", "xes", "sses")):
         return word[:-2]
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
+    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        word = word[:-1]
+    for ending, common in _COMMON.items():
+        if len(word) > 3 and word.endswith(ending) and not word.endswith(("ouse", "ause")):
+            return word.removesuffix(ending) + common
+    return word
 
 
 def phrase_key(text: str) -> tuple[str, ...]:
