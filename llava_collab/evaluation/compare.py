@@ -127,7 +127,7 @@ class Comparison:
                 line |= {f"{name}_{letter}": row[name] for name in ("score", "output", "error")} if row else {}
             if a and b:
                 line["prompt_b"] = b["prompt"] if a["prompt"] != b["prompt"] else ""
-                line["difference"] = "" if None in (a["score"], b["score"]) else b["score"] - a["score"]
+                line["difference"] = "" if None in (a["score"], b["score"]) else round(b["score"] - a["score"], 4)
             writer.writerow(line)
         return text.getvalue()
 
