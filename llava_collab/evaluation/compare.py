@@ -17,7 +17,7 @@ from llava_collab.evaluation.report import Row, Run, Table, by_category, differe
 from llava_collab.evaluation.statistics import MACRO, Interval, bootstrap, mcnemar, sign_flip
 
 Pair = tuple[Row, Row]
-COLUMNS = ("sample_id", "category", "family", "change", "difference", "score_a", "score_b", "prompt", "references")
+COLUMNS: tuple[str, ...] = ("sample_id", "category", "family", "change", "difference", "score_a", "score_b", "prompt", "references")
 COLUMNS += ("output_a", "output_b", "error_a", "error_b", "prompt_b")
 
 
@@ -62,10 +62,15 @@ class Comparison:
             every = list(changes.values())
             # The macro-average is a weighted sum over items, so its test flips the items' signs with these weights.
             terms = np.concatenate([differences(pairs)[0] / len(pairs) / len(groups) for pairs in groups.values()])
-            means = (float(np.mean([getattr(change, which) for change in every])) for which in ("first", "second"))
-            counts = (sum(getattr(change, which) for change in every) for which in ("better", "worse"))
-            interval = bootstrap({name: differences(pairs) for name, pairs in groups.items()})[MACRO]
-            changes[MACRO] = Change(*means, interval, *counts, sign_flip(terms), "sign flips")
+            changes[MACRO] = Change(
+                float(np.mean([change.first for change in every])),
+                float(np.mean([change.second for change in every])),
+                bootstrap({name: differences(pairs) for name, pairs in groups.items()})[MACRO],
+                sum(change.better for change in every),
+                sum(change.worse for change in every),
+                sign_flip(terms),
+                "sign flips",
+            )
         return changes
 
     def families(self, category: str) -> dict[str, Change]:

@@ -1,4 +1,4 @@
-"""A folder to look at answers in: `index.html` with every prompt, picture, answer and score of some runs. It needs no network and no server.
+"""A folder to look at answers in: `index.html` with every prompt, picture, answer and score of some runs; no network, no server.
 
 Answers are a model's output and may hold anything. The page's script writes them as text nodes only; the data stand in it as JSON in
 which no character can end the script block; and a content security policy allows the page's own script and style, by hash, and no other.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import re
 from collections import defaultdict
@@ -22,9 +21,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from llava_collab.data.conversation import IMAGE_MARK, SampleError
-from llava_collab.data.images import load_image, resolve_image
+from llava_collab.data.images import resolve_image
 from llava_collab.data.samples import Sample
-from llava_collab.evaluation.lookup import is_of
+from llava_collab.evaluation.lookup import is_of, shrunk
 from llava_collab.evaluation.records import RecordError, Row, differing
 from llava_collab.evaluation.report import Run, difference_table, score_table
 from llava_collab.files import sha256, write_bytes, write_text
@@ -46,7 +45,9 @@ class Written:
         return f"{self.items} items, {self.pictures} pictures" + (f", {self.missing} pictures missing" if self.missing else "")
 
 
-def write_report(runs: Sequence[Run], samples: Sequence[Sample], out: Path, *, title: str, notes: Sequence[str] = (), side: int = 256) -> Written:
+def write_report(
+    runs: Sequence[Run], samples: Sequence[Sample], out: Path, *, title: str, notes: Sequence[str] = (), side: int = 256
+) -> Written:
     """Write `out/index.html` and `out/images/`: thumbnails of at most `side` x `side` pixels, each kept once, by its content.
 
     `samples` are where pictures are found again (by id; a sample that asks something else than the record did is not used). Thumbnails
@@ -101,7 +102,7 @@ class _Thumbnails:
 
     def __call__(self, sample: Sample | None, expected: int) -> list[Picture | None]:
         """The sample's pictures; None for each of those `expected` that can't be shown."""
-        found = [self._one(path) for path in sample.images] if sample is not None else [None] * expected
+        found: list[Picture | None] = [None] * expected if sample is None else [self._one(path) for path in sample.images]
         self.shown += sum(picture is not None for picture in found)
         self.missing += sum(picture is None for picture in found)
         return found
@@ -123,15 +124,6 @@ class _Thumbnails:
             content, size = shrunk(path, self.side, "WEBP")
             write_bytes(self.out / name, content, durable=False)
             return name, *size
-
-
-def shrunk(path: Path, side: int, form: str) -> tuple[bytes, tuple[int, int]]:
-    """A picture scaled down to at most `side` x `side` pixels, encoded (`JPEG` or `WEBP`), and its size. Raises SampleError."""
-    image = load_image(path)
-    image.thumbnail((side, side))
-    stream = io.BytesIO()
-    image.save(stream, form, quality=80)
-    return stream.getvalue(), image.size
 
 
 def _items(runs: Sequence[Run]) -> dict[str, list[Row | None]]:
@@ -165,13 +157,19 @@ def _item(rows: Sequence[Row | None], known: Mapping[str, Sample], thumbnails: _
 
 def _about(run: Run) -> dict[str, str]:
     controls = {"blind": "asked without pictures", "permute_images": "asked with another sample's picture"}
-    return {"label": run.label, "headline": run.headline, "control": next((text for name, text in controls.items() if run.identity.get(name)), "")}
+    return {
+        "label": run.label,
+        "headline": run.headline,
+        "control": next((text for name, text in controls.items() if run.identity.get(name)), ""),
+    }
 
 
 def _scores(runs: Sequence[Run]) -> dict[str, Any]:
     """Columns, and one cell [mean, low, high] (None: not scored) a run and column."""
     table = score_table(runs)
-    cells = {(line["model"], line["category"]): [line["value"], line["low"], line["high"]] for line in table.plain if line["figure"] == "score"}
+    cells = {
+        (line["model"], line["category"]): [line["value"], line["low"], line["high"]] for line in table.plain if line["figure"] == "score"
+    }
     columns = list(dict.fromkeys(name for name in table.header if any((run.label, name) in cells for run in runs)))
     return {"columns": columns, "lines": [[cells.get((run.label, name)) for name in columns] for run in runs]}
 
@@ -190,4 +188,6 @@ def _settings(runs: Sequence[Run]) -> list[list[str]]:
     """Header fields that differ from the first run's in any other: the name, and each run's value as JSON."""
     others = [differing(runs[0].identity, run.identity) for run in runs]
     fields = {name: pair[0] for changed in others for name, pair in changed.items()}
-    return [[name, *(json.dumps(changed[name][1] if name in changed else base) for changed in others)] for name, base in sorted(fields.items())]
+    return [
+        [name, *(json.dumps(changed[name][1] if name in changed else base) for changed in others)] for name, base in sorted(fields.items())
+    ]

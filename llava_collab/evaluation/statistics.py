@@ -68,7 +68,7 @@ def ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64], *, s
 
 
 def mcnemar(better: int, worse: int) -> float:
-    """Two-sided p of the exact McNemar test (McNemar 1947, with the binomial in place of chi squared): were changes equally likely both ways?"""
+    """Two-sided p of the exact McNemar test (1947, with the binomial in place of chi squared): were changes as likely either way?"""
     n, fewer = better + worse, min(better, worse)
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
 
