@@ -106,7 +106,9 @@ def runs(tmp_path: Path) -> tuple[Path, Path]:
         for line in lines:
             number, prompt = line["id"][1:], line["conversations"][0]["value"]
             one = {"sample_id": line["id"], "category": line["category"], "family": "", "prompt": prompt, "metric": "rouge_l"}
-            rows.append(one | {"references": [f"truth {number}"], "output": f"{name} {number}", "score": 5.0, "status": "ok", "error": None})
+            rows.append(
+                one | {"references": [f"truth {number}"], "output": f"{name} {number}", "score": 5.0, "status": "ok", "error": None}
+            )
         open_run(tmp_path / name, {"model": name, "items": {"all": 8}, "suite": "cmt-open", "split": "test"}, {})
         write_rows(tmp_path / name, rows)
     return tmp_path / "good", tmp_path / "bad"
@@ -137,7 +139,9 @@ def test_verdicts_are_read(text: str, scores: tuple[float, float]) -> None:
     assert parse_verdict(text) == scores
 
 
-@pytest.mark.parametrize("text", ["", "8", "8 7 6", "0 5", "11 5", "-8 7", "Answer 1: 8\n8 7", "8/10 7/10", "nan nan", "I can't. 8 7", "١ ٢ 3"])
+@pytest.mark.parametrize(
+    "text", ["", "8", "8 7 6", "0 5", "11 5", "-8 7", "Answer 1: 8\n8 7", "8/10 7/10", "nan nan", "I can't. 8 7", "١ ٢ 3"]
+)
 def test_what_is_no_verdict_is_an_error(text: str) -> None:
     with pytest.raises(ValueError, match="no verdict"):
         parse_verdict(text)
@@ -215,12 +219,16 @@ def test_retry_after_is_obeyed(server: Server, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_time_out_is_tried_again_and_counted(server: Server) -> None:
-    def slow(n: int, prompt: str) -> Answer:
-        time.sleep(0.6 if n == 0 else 0)
+    over = threading.Event()
+
+    def silent_at_first(n: int, prompt: str) -> Answer:
+        if n == 0:
+            over.wait(60)
         return verdict("8 7")
 
-    server.behave = slow
-    reply = client(server, timeout=0.2).ask("q")
+    server.behave = silent_at_first
+    reply = client(server, timeout=2.0).ask("q")
+    over.set()
     assert (reply.text, reply.lost, len(server.bodies)) == ("8 7", 1, 2)
     assert Budget(10, 10).cost(reply, worst=0.5) == pytest.approx(0.5 + 110 * 10 / 1e6)
 
@@ -328,7 +336,7 @@ def test_a_limit_that_cannot_hold_is_refused(budget: dict[str, float]) -> None:
 
 def test_killed_and_gone_on_with(runs: tuple[Path, Path], server: Server, tmp_path: Path) -> None:
     def slow(n: int, prompt: str) -> Answer:
-        time.sleep(0.0 if n < 5 else 30.0)
+        time.sleep(0.0 if n != 5 else 30.0)
         return verdict("8 7")
 
     server.behave = slow
