@@ -65,7 +65,7 @@ class Args:
     """Control: give every question the image of another sample that asks the same question."""
 
     feature_cache: bool = False
-    """Keep vision tower outputs in the local cache (the one that training uses; computed in bf16), so that the next run with this tower skips it."""
+    """Keep vision tower outputs in the local cache (the one that training uses; computed in bf16), so that the next run skips it."""
 
     batch_size: int = 8
     """Questions answered at once."""
@@ -133,9 +133,8 @@ def _model(args: Args, name: str, train: list[Sample], samples: list[Sample]) ->
     network, processor = load(str(folder), dtype=None if args.dtype == "stored" else getattr(torch, args.dtype))
     network.to(pick_device(args.device))
     if args.feature_cache:
-        processor.feature_cache = feature_cache(
-            network, processor, [image for sample in samples for image in sample.images], args.batch_size
-        )
+        images = [image for sample in samples for image in sample.images]
+        processor.feature_cache = feature_cache(network, processor, images, args.batch_size)
     identity["prompt_template_sha256"] = hashlib.sha256(str(processor.chat_template).encode()).hexdigest()
     return Single(network, processor, name), identity
 

@@ -249,9 +249,8 @@ class Ablate:
         model = Single(network, processor, str(self.model))
         chosen = choose(samples, self.items_per_category, seed=0)
         if self.feature_cache:
-            processor.feature_cache = feature_cache(
-                network, processor, [image for sample in chosen for image in sample.images], self.batch_size
-            )
+            images = [image for sample in chosen for image in sample.images]
+            processor.feature_cache = feature_cache(network, processor, images, self.batch_size)
         print(ablate(self.model, model, suite, chosen, suite.read("train", self.data_root), self.out, self.batch_size, self.conditions))
         return 0
 

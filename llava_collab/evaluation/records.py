@@ -30,24 +30,31 @@ def read_rows(folder: Path) -> list[Row]:
 
     Raises RecordError for a broken or repeated row.
     """
-    path, packed = folder / RECORDS, folder / f"{RECORDS}.xz"
+    path = folder / RECORDS
+    rows = read_lines(path)
+    seen: set[str] = set()
+    for number, row in enumerate(rows, start=1):
+        if row["sample_id"] in seen:
+            raise RecordError(
+                f"{path}:{number}: sample {row['sample_id']!r} is there twice; two runs wrote to this folder, delete it and run again"
+            )
+        seen.add(row["sample_id"])
+    return rows
+
+
+def read_lines(path: Path) -> list[Row]:
+    """All whole rows of a JSONL file of samples (or of its `.xz`); a sample may have several. Raises RecordError for a broken row."""
+    packed = path.with_name(f"{path.name}.xz")
     if not path.is_file() and not packed.is_file():
-        raise RecordError(f"{path}: no such file; run eval/run.py with --out {folder} first")
+        raise RecordError(f"{path}: no such file; run eval/run.py with --out {path.parent} first")
     content = path.read_bytes() if path.is_file() else lzma.decompress(packed.read_bytes())
     rows: list[Row] = []
-    seen: set[str] = set()
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
-            row = json.loads(line)
-            sample_id = row["sample_id"]
+            rows.append(json.loads(line))
+            rows[-1]["sample_id"]
         except (ValueError, TypeError, KeyError) as error:
             raise RecordError(f"{path}:{number}: not a record ({error}); remove this line and run again") from error
-        if sample_id in seen:
-            raise RecordError(
-                f"{path}:{number}: sample {sample_id!r} is there twice; two runs wrote to this folder, delete it and run again"
-            )
-        seen.add(sample_id)
-        rows.append(row)
     return rows
 
 
@@ -70,9 +77,9 @@ def dump(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """The header `run.json`; raises RecordError where it is missing or broken."""
-    path = folder / RUN
+def read_run(folder: Path, header: str = RUN) -> dict[str, Any]:
+    """The header `run.json` (or one of another name); raises RecordError where it is missing or broken."""
+    path = folder / header
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -82,22 +89,24 @@ def read_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def open_run(folder: Path, identity: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-    """Create `run.json`, or check that the one there is of the same run.
+def open_run(
+    folder: Path, identity: Mapping[str, Any], environment: Mapping[str, Any], *, header: str = RUN, records: str = RECORDS
+) -> None:
+    """Create `run.json` (the `header` of the file `records`), or check that the one there is of the same run.
 
     `identity` decides the numbers (model, data, prompt template, metrics, limits) and must be equal to go on; `environment` (versions,
     hardware, command) is kept for the reader. Raises RecordError that names every field that differs.
     """
-    if not (folder / RUN).is_file():
-        if (folder / RECORDS).exists():
-            raise RecordError(f"{folder}: has {RECORDS} but no {RUN}, so nobody knows what they are of; choose another --out")
-        write_json(folder / RUN, {"identity": dict(identity), "environment": dict(environment)})
+    if not (folder / header).is_file():
+        if (folder / records).exists():
+            raise RecordError(f"{folder}: has {records} but no {header}, so nobody knows what they are of; choose another --out")
+        write_json(folder / header, {"identity": dict(identity), "environment": dict(environment)})
         return
-    changes = differing(read_run(folder)["identity"], json.loads(json.dumps(dict(identity))))
+    changes = differing(read_run(folder, header)["identity"], json.loads(json.dumps(dict(identity))))
     if changes:
         lines = "\n".join(f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in changes.items())
         raise RecordError(
-            f"{folder / RUN}: is of another run, and these fields differ:\n{lines}\nChoose another --out, or delete this folder."
+            f"{folder / header}: is of another run, and these fields differ:\n{lines}\nChoose another --out, or delete this folder."
         )
 
 

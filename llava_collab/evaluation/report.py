@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llava_collab.evaluation.captions import meteor
 from llava_collab.evaluation.records import RecordError, Row, differing, read_rows, read_run
@@ -167,23 +168,34 @@ def corpus_bleu(rows: Sequence[Row]) -> float:
     return sacrebleu.corpus_bleu([row["output"] for row in rows], streams, lowercase=True).score
 
 
-def paired(first: Run, second: Run) -> dict[str, Interval]:
-    """Paired bootstrap of `second - first` over the samples that both answered, and over the seeds that both pools have.
-
-    Raises RecordError for no common sample or seed, or other metrics.
-    """
+def matched(first: Run, second: Run) -> list[tuple[Row, Row]]:
+    """Rows (first's, second's) of the samples that both answered. Raises RecordError for no common sample or seed, or other metrics."""
     theirs = {row["sample_id"]: row for row in first.ok}
     common = [(theirs[row["sample_id"]], row) for row in second.ok if row["sample_id"] in theirs]
     if not common:
         raise RecordError(f"{first.label} and {second.label} have no answered sample in common")
     if not _by_seed(common[0][0], common[0][1]):
         raise RecordError(f"{first.label} and {second.label} have no seed in common")
-    groups: dict[str, list[Any]] = defaultdict(list)
     for a, b in common:
         if (a["metric"], a["references"]) != (b["metric"], b["references"]):
             raise RecordError(f"{first.label} and {second.label} score sample {a['sample_id']!r} differently; evaluate both again")
-        groups[b["category"]].append(np.subtract(_by_seed(b, a), _by_seed(a, b)))
-    return bootstrap({category: np.transpose(values) for category, values in groups.items()})
+    return common
+
+
+def differences(pairs: Sequence[tuple[Row, Row]]) -> NDArray[np.float64]:
+    """Second minus first, [seeds, n]."""
+    return np.transpose([np.subtract(_by_seed(b, a), _by_seed(a, b)) for a, b in pairs])
+
+
+def paired(first: Run, second: Run) -> dict[str, Interval]:
+    """Paired bootstrap of `second - first` over the samples that both answered, and over the seeds that both pools have.
+
+    Raises RecordError for no common sample or seed, or other metrics.
+    """
+    groups: dict[str, list[tuple[Row, Row]]] = defaultdict(list)
+    for a, b in matched(first, second):
+        groups[b["category"]].append((a, b))
+    return bootstrap({category: differences(pairs) for category, pairs in groups.items()})
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ the S seeds deviate by is enlarged by sqrt(S / (S - 1)). Even so an interval ove
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 MACRO = "Macro"
 RESAMPLES = 2000
+PERMUTATIONS = 10_000
 _POWER = 1.96 + 0.84  # standard errors at which a two-sided test at 5 % finds a true difference four times in five
 _CHUNK = 4_000_000  # indices drawn at once: bounds the memory, not the result
 
@@ -57,6 +59,37 @@ def bootstrap(
     macro = float(np.mean([values.mean() for values in full.values()]))
     result[MACRO] = _interval(macro, np.mean(list(draws.values()), axis=0), tails, sum(values.shape[1] for values in full.values()))
     return result
+
+
+def ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64], *, seed: int = 0, level: float = 0.95) -> Interval:
+    """Ratio of the means of two scores of the same items, both [n], with its paired bootstrap interval. Denominators are positive."""
+    top, bottom = (_resampled_means(np.atleast_2d(values), "ratio", seed, RESAMPLES) for values in (numerator, denominator))
+    return _interval(float(np.mean(numerator) / np.mean(denominator)), top / bottom, [50 * (1 - level), 50 * (1 + level)], len(numerator))
+
+
+def mcnemar(better: int, worse: int) -> float:
+    """Two-sided p of the exact McNemar test (1947, with the binomial in place of chi squared): were changes as likely either way?"""
+    n, fewer = better + worse, min(better, worse)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+
+
+def sign_flip(terms: NDArray[np.float64], *, seed: int = 0, permutations: int = PERMUTATIONS) -> float:
+    """Two-sided p of the paired permutation test: how often is |sum of terms| as large when every term's sign is a coin toss?
+
+    `terms` [n]: paired differences (times a weight each, where the statistic is a weighted mean). By Monte Carlo, the observed
+    assignment counted, so p is at least 1 / (permutations + 1) and never too small on average (Phipson and Smyth 2010).
+    """
+    terms = terms[terms != 0]
+    if not len(terms):
+        return 1.0
+    observed = abs(terms.sum()) - 1e-9 * np.abs(terms).sum()  # ties are ties, whatever the order of summation
+    rng = np.random.default_rng([seed, len(terms)])
+    step = max(1, _CHUNK // len(terms))
+    extreme = 0
+    for start in range(0, permutations, step):
+        signs = rng.integers(0, 2, size=(min(step, permutations - start), len(terms)), dtype=np.int8) * 2 - 1
+        extreme += int((np.abs(signs @ terms) >= observed).sum())
+    return (1 + extreme) / (1 + permutations)
 
 
 def _interval(mean: float, draws: NDArray[np.float64], tails: list[float], n: int) -> Interval:

@@ -302,9 +302,10 @@ def extract_features(model: HyperLlavaForConditionalGeneration, pixel_values_N3H
 
     `tower`: a copy to compute them with instead of the model's own.
     """
-    config, tower = model.config, tower or model.model.vision_tower
-    parameter = next(tower.parameters())
-    outputs = tower(pixel_values_N3HW.to(parameter.device, parameter.dtype), output_hidden_states=True, return_dict=True)
+    config = model.config
+    seeing: Any = tower or model.model.vision_tower
+    parameter = next(seeing.parameters())
+    outputs = seeing(pixel_values_N3HW.to(parameter.device, parameter.dtype), output_hidden_states=True, return_dict=True)
     layers = config.vision_feature_layer
     states = [outputs.hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
     start = 1 if _strategy(model) == "default" else 0
@@ -329,10 +330,8 @@ def feature_cache(
     report = cache.fill(images, lambda opened: extract_features(model, processor.pixel_values(opened), tower), batch_size)
     if report.computed or report.skipped:
         skipped = sum(len(names) for names in report.skipped.values())
-        print(
-            f"vision features in {cache.folder}: {report.computed} computed, {report.cached} were there, {skipped} unreadable",
-            file=sys.stderr,
-        )
+        counts = f"{report.computed} computed, {report.cached} were there, {skipped} unreadable"
+        print(f"vision features in {cache.folder}: {counts}", file=sys.stderr)
     return cache
 
 

@@ -1,0 +1,161 @@
+"""Asks a chat model behind an OpenAI-compatible endpoint, and is patient: too many requests, server errors and time-outs are tried again.
+
+The standard library's client, since the core brings no other that stays the same over its tested versions.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import json
+import os
+import random
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Any
+
+KEY = "JUDGE_API_KEY"
+"""Environment variable of the API key. A name of its own, so that another service's key is never sent to an endpoint by accident."""
+
+_LONGEST_WAIT = 60.0  # seconds between two attempts
+_LARGEST_REPLY = 1 << 22  # bytes
+
+
+class JudgeError(ValueError):
+    """Nothing can be judged this way: wrong endpoint, key, model or folder; the message names the cure."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back, or why nothing did. Tokens are None where the server did not count them.
+
+    `lost` counts attempts that got no answer and may have been billed all the same (time-outs, broken connections).
+    """
+
+    text: str = ""
+    model: str = ""
+    prompt_tokens: int | None = None
+    generated_tokens: int | None = None
+    error: str | None = None
+    lost: int = 0
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirected request would carry the key to another server."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Client:
+    """One model at one endpoint (`https://host/v1`; `/chat/completions` is added). Raises JudgeError for an endpoint that can't be used."""
+
+    endpoint: str
+    model: str
+    temperature: float = 0.0
+    max_tokens: int = 512
+    timeout: float = 120.0
+    """Seconds without a byte from the server."""
+    attempts: int = 5
+    backoff: float = 1.0
+    """Seconds before the second attempt, doubled for each further one, unless the server says how long to wait."""
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set to end all waiting: a question that waits for its next attempt is given up."""
+
+    def __post_init__(self) -> None:
+        url = urllib.parse.urlsplit(self.endpoint)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise JudgeError(f"--endpoint {self.endpoint}: has to be a base URL such as http://localhost:8000/v1")
+        if url.username or url.password or url.query or url.fragment:
+            raise JudgeError(f"--endpoint: no user, password or query in the URL, it is written to the records; the key goes in {KEY}")
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise JudgeError(f"{KEY} holds characters that no key has; set it anew")
+        if self._key and url.scheme == "http" and not _is_local(url.hostname):
+            raise JudgeError(f"--endpoint {self.endpoint}: {KEY} would travel unencrypted; use https, or unset {KEY} if none is needed")
+
+    @property
+    def _key(self) -> str:
+        return os.environ.get(KEY, "").strip()
+
+    def ask(self, content: str | list[dict[str, Any]]) -> Reply:
+        """One question (text, or text and image parts), with retries. Raises JudgeError where every other question would fail too."""
+        body = {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens}
+        data = json.dumps(body | {"messages": [{"role": "user", "content": content}]}).encode()
+        lost, reason = 0, ""
+        for attempt in range(self.attempts):
+            wait = min(_LONGEST_WAIT, self.backoff * 2**attempt) * random.uniform(0.8, 1.2)  # noqa: S311 - spreads clients, no secret
+            try:
+                return self._reply(self._post(data), lost)
+            except urllib.error.HTTPError as error:
+                reason = f"HTTP {error.code}: {self._said(error)}"
+                if error.code in (401, 403, 404) or error.code < 400:
+                    raise JudgeError(f"{self.endpoint}: {reason}\nCheck --endpoint, --judge-model and the key in {KEY}.") from error
+                if error.code < 500 and error.code not in (408, 409, 429):
+                    return Reply(error=reason, lost=lost)
+                wait = _retry_after(error) or wait
+            except (OSError, http.client.HTTPException) as error:
+                cause = error.reason if isinstance(error, urllib.error.URLError) else error
+                reason = f"{type(cause).__name__}: {cause}"
+                lost += not isinstance(cause, ConnectionRefusedError)
+            if attempt + 1 < self.attempts and self.stop.wait(wait):
+                return Reply(error=f"stopped before another attempt; the last: {reason}", lost=lost)
+        return Reply(error=f"{self.attempts} attempts, the last: {reason}", lost=lost)
+
+    def _post(self, data: bytes) -> bytes:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        request = urllib.request.Request(f"{self.endpoint.rstrip('/')}/chat/completions", data, headers)
+        with urllib.request.build_opener(_NoRedirects).open(request, timeout=self.timeout) as response:
+            return response.read(_LARGEST_REPLY)
+
+    def _reply(self, content: bytes, lost: int) -> Reply:
+        try:
+            body = json.loads(content)
+            text = body["choices"][0]["message"]["content"]
+            usage = body.get("usage") or {}
+            prompt, generated = (_count(usage.get(key)) for key in ("prompt_tokens", "completion_tokens"))
+            model = _clean(str(body.get("model", "")))
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            return Reply(error=f"not a chat completion ({error}): {self._hidden(content[:200])}", lost=lost + 1)
+        if not isinstance(text, str):
+            lost += prompt is None or generated is None
+            return Reply("", model, prompt, generated, f"no text in the reply: {text!r}", lost)
+        return Reply(_clean(text), model, prompt, generated, lost=lost)
+
+    def _said(self, error: urllib.error.HTTPError) -> str:
+        try:
+            return self._hidden(error.read(500))
+        except (OSError, http.client.HTTPException):
+            return "(no text)"
+
+    def _hidden(self, content: bytes) -> str:
+        """What a server said, as it may be shown and kept: some servers repeat the key in an error."""
+        text = content.decode("utf-8", "replace").strip()
+        return text.replace(self._key, f"[{KEY}]") if self._key else text
+
+
+def _count(tokens: Any) -> int | None:
+    return tokens if isinstance(tokens, int) and tokens >= 0 else None
+
+
+def _clean(text: str) -> str:
+    """Without lone surrogates, which JSON can carry and a UTF-8 file can't."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _retry_after(error: urllib.error.HTTPError) -> float | None:
+    """Seconds that the server asks to wait, if it says so in seconds."""
+    try:
+        return min(_LONGEST_WAIT, max(0.0, float(error.headers.get("Retry-After", ""))))
+    except ValueError:
+        return None
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
