@@ -1,4 +1,4 @@
-"""The evaluator survives being killed, counts errors apart, refuses other runs' folders; controls and baselines do what they claim."""
+"""The evaluator survives being killed, counts errors apart, refuses other runs' folders; controls do what they claim."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from llava_collab.data.samples import Sample
-from llava_collab.evaluation.baselines import Majority
 from llava_collab.evaluation.controls import blind, permute_images
 from llava_collab.evaluation.evaluator import choose, data_sha256, evaluate
 from llava_collab.evaluation.metrics import Scorer
@@ -212,26 +211,3 @@ def test_lonely_questions_take_an_image_of_their_family(caplog: pytest.LogCaptur
     assert permuted[6].images != lonely.images and permuted[6].images in {s.images for s in group}
     assert permuted[7:] == [alone, no_image]
     assert "1 of 9 samples keep their image" in caplog.text
-
-
-# --- majority ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_majority_answers_by_family_then_category() -> None:
-    train = [
-        sample(i, answer=a, family=f) for i, (a, f) in enumerate([("red", "colour")] * 2 + [("2", "count")] * 3 + [("blue", "colour")])
-    ]
-    asked = [sample(10, family="colour"), sample(11, family="new"), sample(12, "Spatial Inference")]
-    model = Majority(train, asked)
-    assert isinstance(model, Model)
-    answers = model.generate([s.request() for s in asked] + [Request("stranger", ())])
-    assert [a.text for a in answers] == ["red", "2", "", ""]
-    assert [a.error is None for a in answers] == [True, True, False, False]
-
-
-def test_majority_breaks_ties_by_alphabet_and_needs_training_answers() -> None:
-    train = [sample(1, answer="yes"), sample(2, answer="no")]
-    assert Majority(train, train).generate([train[0].request()])[0].text == "no"
-    assert Majority(train[::-1], train).generate([train[0].request()])[0].text == "no"
-    with pytest.raises(ValueError, match="train file"):
-        Majority([], train)
