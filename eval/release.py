@@ -54,6 +54,8 @@ TRIED = {
     "longer": "twice as many steps",
 }
 """Rows of the table `codes` whose codes were exchanged."""
+SECTION = "## Does the hypernetwork help?"
+"""Heading of the README's part that holds the three tables and no other."""
 SHORT = {"Visual Captioning": "Captioning", "Spatial Inference": "Spatial", "Detailed Description": "Description"}
 SHORT |= {"Visual Storytelling": "Storytelling", "Text-Rich Images QA": "Text-Rich"}
 
@@ -86,13 +88,8 @@ class Check:
     """Smallest share of equal tokens."""
 
     def run(self) -> int:
-        readme = (ROOT / "README.md").read_text(encoding="utf-8")
-        lines = [line for line in tables(self.records).splitlines() if line.startswith("|")]
-        if missing := [line for line in lines if line not in readme.splitlines()]:
-            raise RecordError("README.md lacks what the records give:\n" + "\n".join(missing))
-        if any(table not in readme for table in tables(self.records).split("\n\n")):
-            raise RecordError("README.md has lines between those that the records give; copy the tables anew")
-        print(f"README.md: all {len(lines)} lines of its tables are those of {self.records}")
+        lines = check_readme(self.records)
+        print(f"README.md: all {lines} lines of its tables are those of {self.records}")
         shares = {name: self._regenerate(name, row) for name, row in MODELS.items()}
         return 0 if min(shares.values()) >= self.least else 1
 
@@ -172,6 +169,17 @@ def tables(records: Path) -> str:
     """The README's three tables: scores, differences, codes."""
     pools = _pools(records)
     return "\n\n".join([scores(pools), differences(pools), codes(records)])
+
+
+def check_readme(records: Path) -> int:
+    """Compare the tables of the README's section with those of the records; returns the number of lines. Raises RecordError."""
+    lines = [line for line in tables(records).splitlines() if line.startswith("|")]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition(SECTION)[2].partition("\n## ")[0]
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    if shown != lines:
+        other = [line for line in shown if line not in lines] + [line for line in lines if line not in shown]
+        raise RecordError(f"README.md, {SECTION}: its tables are not those of {records}; copy them anew:\n" + "\n".join(other))
+    return len(lines)
 
 
 def _pools(records: Path) -> list[report.Run]:

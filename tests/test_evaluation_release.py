@@ -14,8 +14,6 @@ from llava_collab.evaluation.records import LOSSES, RECORDS, RecordError, open_r
 from llava_collab.evaluation.report import CATEGORIES
 from llava_collab.files import write_json
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="module")
 def release() -> ModuleType:
@@ -68,14 +66,15 @@ def test_a_cell_that_is_not_the_records_is_found(
     monkeypatch.setattr(release, "MODELS", {"some": "llava"})
     monkeypatch.setattr(release.Check, "_regenerate", lambda self, name, row: self.items / 100)
     text = release.tables(records)
-    (tmp_path / "README.md").write_text(f"# Title\n\n{text}\n", encoding="utf-8")
+    (tmp_path / "README.md").write_text(
+        f"# Title\n\n| another | table |\n\n{release.SECTION} More\n\n{text}\n\n## Next\n\n| a third |\n", encoding="utf-8"
+    )
     assert release.Check(tmp_path, items=98, records=records).run() == 0
     assert release.Check(tmp_path, items=97, records=records).run() == 1
-    (tmp_path / "README.md").write_text(text.replace("48.5", "48.6", 1), encoding="utf-8")
-    with pytest.raises(RecordError, match=r"lacks what the records give:\n\| HyperLLaVA \| 48\.5"):
+    (tmp_path / "README.md").write_text(f"{text}\n{release.SECTION}\n{text.replace('48.5', '48.6', 1)}", encoding="utf-8")
+    with pytest.raises(RecordError, match=r"copy them anew:\n\| HyperLLaVA \| 48\.6"):
         release.Check(tmp_path, records=records).run()
 
 
 def test_the_readme_is_what_the_released_records_give(release: ModuleType) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(line in readme for line in release.tables(release.RECORDS).splitlines())
+    assert release.check_readme(release.RECORDS) == 35
