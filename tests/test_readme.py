@@ -56,3 +56,9 @@ def test_no_file_names_a_machine_path_or_a_registry() -> None:
         if path.name != here and path.suffix in (".py", ".md", ".yaml", ".toml", ".sh", ".txt", ".json", ".jsonl"):
             found = banned.search(path.read_text(encoding="utf-8"))
             assert not found, f"{name} names {found.group()!r}"
+
+
+def test_the_data_card_has_the_tables_that_the_programs_wrote() -> None:
+    card = (ROOT / "data/README.md").read_text(encoding="utf-8")
+    for name in ("families.md", "legibility.md"):
+        assert (ROOT / "docs/results/cmt-open" / name).read_text(encoding="utf-8").strip() in card, name
