@@ -141,12 +141,12 @@ def _said(error: Exception) -> str:
 def stream(path: Path, prefix: str) -> Iterator[Any]:
     """Entries of a big JSON file in constant memory: "annotations.item" for a list under a key, "" for (key, value) of an object.
 
-    Raises SourceError for text that is no JSON or is cut off, ImportError without the library.
+    Raises SourceError for text that is no JSON or is cut off, and without the library.
     """
     try:
-        import ijson
+        import ijson  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError("reading these annotation files needs ijson: pip install 'llava_collab[public]'") from error
+        raise SourceError("reading these annotation files needs ijson: pip install 'llava_collab[public]'") from error
     number = 0
     with path.open("rb") as file:
         try:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -228,8 +229,8 @@ def datasets(part: Part) -> Iterator[Entry]:
         image = row["image"]
         image = image if row["unpacked"] else part.place.first(str(PurePosixPath(part.source.images) / image))
         question = texts([row[columns["question"]]])[0]
-        entry = _asked(part, f"{PurePosixPath(image).stem}-{_digest(question, answers)}", image, question, answers)
-        return Entry(**{**vars(entry), "held": row["held"]})
+        name = f"{PurePosixPath(image).stem}-{_digest(question, answers)}"
+        return replace(_asked(part, name, image, question, answers), held=row["held"])
 
     return part.each(part.paths[0], saved_dataset(part), make)
 

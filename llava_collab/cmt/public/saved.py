@@ -16,12 +16,12 @@ from llava_collab.files import write_bytes
 def saved_dataset(part: Part) -> Iterator[dict[str, Any]]:
     """Rows of all splits, each with `image` (a path), `unpacked` (whether it came from inside) and `held` (any split but train).
 
-    Raises SourceError for a folder that is no saved dataset or lacks a column, ImportError without the library.
+    Raises SourceError for a folder that is no saved dataset or lacks a column, and without the library.
     """
     try:
-        import datasets as library
+        import datasets as library  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError("reading saved datasets needs datasets: pip install 'llava_collab[public]'") from error
+        raise SourceError("reading saved datasets needs datasets: pip install 'llava_collab[public]'") from error
     folder, columns = part.paths[0], part.source.columns
     try:
         loaded = library.load_from_disk(str(folder))

@@ -64,8 +64,8 @@ TABLE: tuple[Source, ...] = (
     Source(
         "vqav2", "vqav2", "Visual QA",
         tuple(
-            Files((f"vqav2/v2_OpenEnded_mscoco_{split}2014_questions.json", f"vqav2/v2_mscoco_{split}2014_annotations.json"), split == "val")
-            for split in ("train", "val")
+            Files((f"vqav2/v2_OpenEnded_mscoco_{split}_questions.json", f"vqav2/v2_mscoco_{split}_annotations.json"), split == "val2014")
+            for split in ("train2014", "val2014")
         ),
         _COCO, "visualqa.org, download page", "annotations CC BY 4.0; pictures under Flickr terms",
     ),
@@ -101,7 +101,8 @@ TABLE: tuple[Source, ...] = (
     ),
     Source(
         "docvqa", "docvqa", "Text-Rich Images QA", _split_files("docvqa/{}_v1.0_withQT.json", "train", "val"),
-        "docvqa/documents", "rrc.cvc.uab.es, DocVQA, Task 1 (after registration)", "research use; pages of the UCSF Industry Documents Library",
+        "docvqa/documents", "rrc.cvc.uab.es, DocVQA, Task 1 (after registration)",
+        "research use; pages of the UCSF Industry Documents Library",
     ),
 )  # fmt: skip
 
@@ -131,18 +132,29 @@ def extra_sources(folder: Path) -> tuple[Source, ...]:
 
 
 def _extra(entry: dict[str, Any], where: str) -> Source:
+    """`path` is the training file, `held` lists files of the same form that were published as validation or test data."""
     if missing := {"name", "format", "path"} - set(entry):
         raise SourceError(f"{where}: lacks {sorted(missing)}")
     if entry["format"] not in ("llava", "datasets"):
         raise SourceError(f"{where}: format {entry['format']!r} is neither llava nor datasets")
-    columns = {"image": "image", "question": "question", "answers": "answers"} | keyed(
-        entry.get("columns") or {}, f"{where}, columns", _COLUMNS, SourceError
-    )
+    columns = {name: name for name in _COLUMNS} | keyed(entry.get("columns") or {}, f"{where}, columns", _COLUMNS, SourceError)
+    held = entry.get("held") or []
+    if not isinstance(held, list):
+        raise SourceError(f"{where}: `held` has to be a list of files, found {held!r}")
     images = str(entry.get("images", PurePosixPath(entry["path"]).parent if entry["format"] == "llava" else ""))
     source = Source(
-        str(entry["name"]), entry["format"], str(entry.get("category", "")), (Files((str(entry["path"]),), bool(entry.get("held", False))),),
-        images, str(entry.get("where", f"named in {EXTRA_FILE}")), str(entry.get("licence", "not stated")), own_ids=False, listed=False, images=images, columns=columns,
-    )  # fmt: skip
+        name=str(entry["name"]),
+        reader=entry["format"],
+        category=str(entry.get("category", "")),
+        files=(Files((str(entry["path"]),)), *(Files((str(path),), held=True) for path in held)),
+        pictures=images,
+        where=str(entry.get("where", f"named in {EXTRA_FILE}")),
+        licence=str(entry.get("licence", "not stated")),
+        own_ids=False,
+        listed=False,
+        images=images,
+        columns=columns,
+    )
     if source.category or source.reader == "datasets":
         source.check_category(source.category)
     return source
