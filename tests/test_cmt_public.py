@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -114,7 +113,14 @@ def test_gqa_sends_questions_about_places_to_spatial_inference(home, tmp_path):
         program = [{"operation": "select", "dependencies": [], "argument": "table (1)"}]
         program += [{"operation": "relate", "dependencies": [0], "argument": argument}]
         types = {"structural": "query", "semantic": semantic, "detailed": "relS"}
-        return {"imageId": "2354786", "question": "What is it?", "answer": "cup", "types": types, "semantic": program, "isBalanced": True} | more
+        return {
+            "imageId": "2354786",
+            "question": "What is it?",
+            "answer": "cup",
+            "types": types,
+            "semantic": program,
+            "isBalanced": True,
+        } | more
 
     picture(home / "gqa/images/2354786.jpg", 0)
     questions = {
@@ -242,7 +248,7 @@ def test_a_saved_dataset_is_read_and_its_pictures_unpacked_once(home, tmp_path):
     entry = {"name": "chartqa", "format": "datasets", "path": "chartqa", "category": "Text-Rich Images QA"}
     put(home, "sources.yaml", {"sources": [entry | {"columns": {"image": "img", "question": "query", "answers": "label"}}]})
     manifest, rows = build(home, tmp_path / "out", test=0)
-    assert sorted(row["answers"] for row in rows["train"].values()) == [["4", "four"], ["5"], ["6"]]
+    assert sorted(row["answers"] for row in rows["train"].values()) == [["4", "four"], ["6"]], "the test split's entry stays out of train"
     assert manifest["sources"][0]["skipped"] == {"duplicate": 1, "empty_answer": 1}
     unpacked = sorted((tmp_path / "out/unpacked/chartqa").iterdir())
     assert [file.read_bytes() for file in unpacked] == sorted((Path(f).read_bytes() for f in files), key=lambda b: unpacked_name(b))
@@ -386,12 +392,13 @@ def test_counts_are_scaled_to_what_is_there_and_said_so(shared, tmp_path):
     assert "scaled down" in card and "| vist | missing |" in card and not manifest["complete"]
 
 
-def test_published_validation_data_is_tested_on_first(home, tmp_path):
+def test_published_validation_data_is_tested_on_first_and_never_trained_on(home, tmp_path):
     coco(home, *range(1, 41))
     vqav2(home, [(image, image) for image in range(1, 31)])
     vqav2(home, [(image, image) for image in range(31, 41)], "val2014")
-    _, rows = build(home, tmp_path / "out", test=7 * 5)
+    manifest, rows = build(home, tmp_path / "out", test=7 * 5)
     assert len(rows["test"]) == 5 and min(pictures_of(rows["test"])) > 30
+    assert pictures_of(rows["train"]) == set(range(1, 31)) and manifest["not_in_train"]["published for evaluation"] == 5
 
 
 def test_apportion_adds_up_and_never_asks_for_more_than_there_is():
@@ -413,12 +420,13 @@ def test_the_seed_and_the_ids_alone_decide(shared, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_manifest_is_the_same_in_any_surroundings(shared, tmp_path):
+def test_the_manifest_is_the_same_in_any_surroundings(shared, tmp_path, monkeypatch):
     """Bytes of manifest, card and rows, over hash seed, time zone, locale, folder for temporary files, and number of processes."""
     made = []
     for n, (zone, locale, workers) in enumerate((("UTC", "C", 1), ("Pacific/Auckland", "tr_TR.UTF-8", 2))):
         (tmp_path / f"t{n}").mkdir()
-        os.environ |= {"PYTHONHASHSEED": str(n + 1), "TZ": zone, "LC_ALL": locale, "TMPDIR": str(tmp_path / f"t{n}")}
+        for key, value in (("PYTHONHASHSEED", str(n)), ("TZ", zone), ("LC_ALL", locale), ("TMPDIR", str(tmp_path / f"t{n}"))):
+            monkeypatch.setenv(key, value)
         out = tmp_path / f"out{n}"
         done = run_apart(
             ["-m", "llava_collab.cli", "data", "build", "cmt-public", "--sources", str(shared), "--out", str(out)]
@@ -548,7 +556,9 @@ def test_the_nine_real_sets_make_a_benchmark(tmp_path):
     for name, real in REAL_SETS.items():
         (home / name).symlink_to(root / name)
         first, *rest = real.items
-        entries.append({"name": name, "format": "llava", "path": f"{name}/{first}.jsonl", "held": [f"{name}/{split}.jsonl" for split in rest]})
+        entries.append(
+            {"name": name, "format": "llava", "path": f"{name}/{first}.jsonl", "held": [f"{name}/{split}.jsonl" for split in rest]}
+        )
     (home / "sources.yaml").write_text(yaml.safe_dump({"sources": entries}))
     manifest, rows = build(home, tmp_path / "out", train=7000, test=700, workers=2)
     assert all(manifest["splits"]["test"]["categories"][name] for name in CATEGORIES)
@@ -557,4 +567,3 @@ def test_the_nine_real_sets_make_a_benchmark(tmp_path):
     )
     images = {split: {image for row in found.values() for image in row["image"]} for split, found in rows.items()}
     assert not images["train"] & images["test"]
-    shutil.rmtree(tmp_path / "out")

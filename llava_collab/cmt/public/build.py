@@ -1,7 +1,7 @@
 """Assembles CMT-public in three passes: read every entry's id and pictures, choose, read again and write the chosen rows.
 
-Only ids, picture numbers and hashes of all entries are held in memory, never their texts. What takes long, the hashing of pictures, is
-kept in a cache, so a build that was stopped goes on there. Rows depend on the files, the seed and the pictures alone.
+Of all entries only numbers are kept in memory (ranks, pictures, hashes), of the chosen ones their rows. What takes long, the hashing
+of pictures, has a cache, so a build that was stopped goes on there. Rows depend on the files, the seed and the pictures alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class Reading:
             if part.source.own_ids:
                 raise SourceError(f"{part.paths[0]}: id {entry.id} comes twice in {part.source.name}; {part.source.cure()}")
             part.skip("duplicate", entry.id)
+            if entry.held:  # once published for evaluation is enough
+                self.candidates[rank] = replace(self.candidates[rank], held=True)
         elif missing := [image for image in entry.images if not part.place.exists(image)]:
             part.skip("missing_image", missing[0])
         else:
@@ -97,6 +99,7 @@ def build_public(
     choice = choose(list(reading.candidates.values()), _pictures(reading, hashes, mix), **scaled)
     splits = _write(out, [_again(part) for part in parts], choice, seed)
     manifest = manifest_of(
+        root=sources,
         known=known,
         parts=parts,
         digests={path: _digest(path) for part in parts for path in part.paths} | {path: sha256(path) for path in mix_files},
@@ -199,12 +202,14 @@ def _pictures(reading: Reading, hashes: Mapping[str, int | str], mix: set[str]) 
         value for key in in_mix for value in by_key.get(key, ())
     }
     index = NearIndex(sorted(of_mix))
-    near = frozenset(number for number, values in by_key.items() if any(index.near(value) for value in values))
+    compared = tqdm(by_key.items(), desc="comparing with the mix", unit="picture") if of_mix else ()
+    near = frozenset(number for number, values in compared if any(index.near(value) for value in values))
     return Pictures(by_key, in_mix, near)
 
 
 def _write(out: Path, parts: Sequence[Part], choice: Choice, seed: int) -> dict[str, dict[str, Any]]:
     """The second reading: rows of the chosen entries, in the order of their ranks, so that any first part of a file is a fair sample."""
+    (out / "manifest.json").unlink(missing_ok=True)  # it comes back last: what has a manifest is whole
     rows: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "test": {}}
     for part in parts:
         for entry in _entries(part, "writing"):

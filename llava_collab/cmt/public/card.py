@@ -20,6 +20,7 @@ VERSION = "1.0"  # raise it whenever a change alters a row or a choice
 
 def manifest_of(
     *,
+    root: Path,
     known: Sequence[Source],
     parts: Sequence[Part],
     digests: Mapping[Path, str],
@@ -43,12 +44,14 @@ def manifest_of(
         "not_in_test": dict(sorted(choice.not_test.items())),
         "not_in_train": dict(sorted(choice.not_train.items())),
         "llava_mix": {
-            "files": {path.name: digests[path] for path in mix["files"]},
+            "files": {_name(path, root): digests[path] for path in mix["files"]},
             "pictures": mix["pictures"],
             "pictures_on_disk": mix["on disk"],
         },
         "pictures": {"hash": "pHash, 64 bits", "distance": DISTANCE, "pillow": PIL.__version__, **pictures},
-        "sources": [_source(source, [part for part in parts if part.source is source], digests) for source in known if source.name in here],
+        "sources": [
+            _source(source, [part for part in parts if part.source is source], root, digests) for source in known if source.name in here
+        ],
         "missing": [
             {"name": source.name, "category": source.category, "files": [path for files in source.files for path in files.paths]}
             | {"where": source.where}
@@ -58,7 +61,11 @@ def manifest_of(
     }
 
 
-def _source(source: Source, parts: Sequence[Part], digests: Mapping[Path, str]) -> dict[str, Any]:
+def _name(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
+
+def _source(source: Source, parts: Sequence[Part], root: Path, digests: Mapping[Path, str]) -> dict[str, Any]:
     skipped = sum((part.skipped for part in parts), Counter())
     examples: dict[str, list[str]] = {}
     for part in parts:
@@ -68,7 +75,7 @@ def _source(source: Source, parts: Sequence[Part], digests: Mapping[Path, str]) 
         "name": source.name,
         "category": source.category,
         "entries": sum(part.kept for part in parts),
-        "files": {path.name: digests[path] for part in parts for path in part.paths},
+        "files": {_name(path, root): digests[path] for part in parts for path in part.paths},
         "skipped": dict(sorted(skipped.items())),
         "examples": examples,
         "where": source.where,
@@ -127,7 +134,8 @@ def card(manifest: Mapping[str, Any]) -> str:
         "",
         f"- Test: equal shares of the categories and, inside one, of the sources; at most 1 in {TEST_SHARE} entries of a category;",
         "  published validation and test data first; entries of one category have pictures of their own.",
-        "- Train: in proportion to what is there. A category without any source takes its seventh of the target away.",
+        "- Train: published training data only, in proportion to what is there. A category without any source takes its seventh of the",
+        "  target away.",
         f"- No picture, and no near duplicate of it (pHash within {DISTANCE} of 64 bits), is in both splits.",
         _mix_rule(manifest["llava_mix"]),
         "",

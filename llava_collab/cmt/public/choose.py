@@ -50,7 +50,10 @@ def rank_of(seed: int, source: str, entry_id: str) -> int:
 
 
 def choose(candidates: Sequence[Candidate], pictures: Pictures, train: int, test: int) -> Choice:
-    """Test first, equal shares of the categories; then everything that shares a picture with it, or a near duplicate, leaves train."""
+    """Test first, equal shares of the categories; then what shares a picture or a near duplicate with it leaves train.
+
+    What was published as validation or test data never goes to train.
+    """
     choice = Choice()
     test_keys = _choose_test(candidates, pictures, test, choice)
     near_keys = _near(test_keys, pictures) - test_keys
@@ -58,7 +61,9 @@ def choose(candidates: Sequence[Candidate], pictures: Pictures, train: int, test
     for candidate in candidates:
         if candidate.rank in choice.test:
             continue
-        if not test_keys.isdisjoint(candidate.keys):
+        if candidate.held:
+            choice.not_train["published for evaluation"] += 1
+        elif not test_keys.isdisjoint(candidate.keys):
             choice.not_train["picture in test"] += 1
         elif not near_keys.isdisjoint(candidate.keys):
             choice.not_train["near duplicate in test"] += 1

@@ -1,6 +1,6 @@
 """Near-duplicate pictures: a 64-bit perceptual hash, a cache of hashes that survives a stop, and a search without comparing all pairs.
 
-The hash is pHash, bit for bit that of the ImageHash library (which would bring scipy and PyWavelets along): grey, 32 x 32, DCT-II, the
+The hash is pHash as the ImageHash library computes it (which would bring scipy and PyWavelets along): grey, 32 x 32, DCT-II, the
 8 x 8 lowest frequencies, one bit for each that is above their median. Copies of a photograph that were scaled or saved again differ in
 at most 4 bits, and unrelated photographs hardly ever do; flat drawings and document pages are closer together, which costs training
 entries, never the separation of the splits.
@@ -34,7 +34,7 @@ Known = dict[str, tuple[int, int, int | str]]  # path -> size, time of change (n
 def perceptual_hash(image: Image.Image) -> int:
     """pHash of a picture, 64 bits."""
     grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS), dtype=np.float64)
-    low = _DCT @ grey @ _DCT.T
+    low = (_DCT @ grey @ _DCT.T).round(6)  # what is zero but for rounding must not depend on the machine
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 
 

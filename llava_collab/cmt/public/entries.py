@@ -99,7 +99,7 @@ class Place:
 class Part:
     """One file (with its companions) of a source, and where to count what is left out of it.
 
-    `held`: published as validation or test data, so the test split takes from here first.
+    `held`: published as validation or test data, so test takes from here first, and train never.
     """
 
     source: Source
@@ -153,19 +153,19 @@ def stream(path: Path, prefix: str) -> Iterator[Any]:
             for entry in ijson.items(file, prefix, use_float=True) if prefix else ijson.kvitems(file, "", use_float=True):
                 number += 1
                 yield entry
-        except ijson.JSONError as error:
+        except (ijson.JSONError, UnicodeDecodeError) as error:
             raise SourceError(
                 f"{path} is cut off or no JSON behind entry {number} ({str(error).splitlines()[0]}); fetch it again"
             ) from error
 
 
-def texts(values: Any) -> tuple[str, ...]:
-    """The non-empty ones of a list of texts, spacing tidied. Raises TypeError for anything else, Skip where none is left."""
+def texts(values: Any, reason: str = "empty_answer") -> tuple[str, ...]:
+    """The non-empty ones of a list of texts, spacing tidied. Raises TypeError for anything else, Skip (`reason`) where none is left."""
     if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
         raise TypeError(f"expected a list of texts, found {values!r:.80}")
     kept = tuple(tidy for value in values if (tidy := " ".join(value.split())))
     if not kept:
-        raise Skip("empty_answer")
+        raise Skip(reason)
     return kept
 
 

@@ -45,7 +45,11 @@ def _asked(part: Part, name: Any, image: str, question: str, answers: tuple[str,
 
 
 def _short(question: Any) -> str:
-    return f"{texts([question])[0]}\n{SHORT}"
+    return f"{_question(question)}\n{SHORT}"
+
+
+def _question(text: Any) -> str:
+    return texts([text], "empty_question")[0]
 
 
 def _by_votes(people: tuple[str, ...], gold: str = "") -> tuple[str, ...]:
@@ -119,7 +123,7 @@ def vsr(part: Part) -> Iterator[Entry]:
     def make(entry: Any) -> Entry:
         if entry["label"] not in (0, 1):
             raise ValueError(f"label {entry['label']!r} is neither 0 nor 1")
-        question = f"{texts([entry['caption']])[0]}\n{STATEMENT}"
+        question = f"{_question(entry['caption'])}\n{STATEMENT}"
         answer = ("True",) if entry["label"] else ("False",)
         image = part.place.coco(int(PurePosixPath(entry["image"]).stem))
         return _asked(part, f"{PurePosixPath(entry['image']).stem}-{_digest(question, answer)}", image, question, answer)
@@ -228,7 +232,7 @@ def datasets(part: Part) -> Iterator[Entry]:
         answers = tuple(dict.fromkeys(texts([given] if isinstance(given, str) else given)))
         image = row["image"]
         image = image if row["unpacked"] else part.place.first(str(PurePosixPath(part.source.images) / image))
-        question = texts([row[columns["question"]]])[0]
+        question = _question(row[columns["question"]])
         name = f"{PurePosixPath(image).stem}-{_digest(question, answers)}"
         return replace(_asked(part, name, image, question, answers), held=row["held"])
 
