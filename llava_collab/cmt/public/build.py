@@ -37,12 +37,15 @@ class Reading:
     coco_of: Mapping[str, str]
     numbers: dict[str, int] = field(default_factory=dict)
     files: dict[int, set[str]] = field(default_factory=dict)
+    pictures: dict[str, int] = field(default_factory=dict)
     candidates: dict[int, Candidate] = field(default_factory=dict)
 
     def picture(self, image: str) -> int:
-        number = self.numbers.setdefault(picture_key(image, self.coco_of), len(self.numbers))
-        self.files.setdefault(number, set()).add(image)
-        return number
+        if image not in self.pictures:
+            number = self.numbers.setdefault(picture_key(image, self.coco_of), len(self.numbers))
+            self.files.setdefault(number, set()).add(image)
+            self.pictures[image] = number
+        return self.pictures[image]
 
     def add(self, part: Part, entry: Entry, seed: int) -> None:
         """Keep an entry, or count why not. Raises SourceError for a published id that comes twice."""

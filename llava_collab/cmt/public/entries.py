@@ -65,6 +65,7 @@ class Place:
     def __init__(self, out: Path) -> None:
         self.out = out
         self._exists: dict[str, bool] = {}
+        self._first: dict[tuple[str, ...], str] = {}  # millions of entries share far fewer pictures
 
     def exists(self, image: str) -> bool:
         """Whether there is such a file, or one of the same name with another image extension."""
@@ -77,12 +78,14 @@ class Place:
 
         Raises SourceError for a path that leaves the sources folder.
         """
-        paths = [PurePosixPath(candidate) for candidate in candidates]
-        for path in paths:
-            if path.is_absolute() or ".." in path.parts:
-                raise SourceError(f"picture {str(path)!r} is not below the sources folder; write its path relative to that folder")
-        found = [f"{IMAGES}/{path}" for path in paths]
-        return next((image for image in found if self.exists(image)), found[0])
+        if candidates not in self._first:
+            paths = [PurePosixPath(candidate) for candidate in candidates]
+            for path in paths:
+                if path.is_absolute() or ".." in path.parts:
+                    raise SourceError(f"picture {str(path)!r} is not below the sources folder; write its path relative to that folder")
+            found = [f"{IMAGES}/{path}" for path in paths]
+            self._first[candidates] = next((image for image in found if self.exists(image)), found[0])
+        return self._first[candidates]
 
     def coco(self, image_id: int) -> str:
         """A picture of MS COCO by its number: the same one has two file names, of 2014 and of 2017."""
