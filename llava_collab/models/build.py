@@ -329,10 +329,7 @@ def feature_cache(
     report = cache.fill(images, lambda opened: extract_features(model, processor.pixel_values(opened), tower), batch_size)
     if report.computed or report.skipped:
         skipped = sum(len(names) for names in report.skipped.values())
-        print(
-            f"vision features in {cache.folder}: {report.computed} computed, {report.cached} were there, {skipped} unreadable",
-            file=sys.stderr,
-        )
+        print(f"vision features in {cache.folder}: {report.computed} computed, {report.cached} were there, {skipped} unreadable", file=sys.stderr)
     return cache
 
 
