@@ -81,14 +81,12 @@ class DataCheck:
 
 
 @dataclass
-class DataBuild:
+class BuildOpen:
     """Build CMT-open: seven categories of image-text tasks, rendered from real photographs, maps and tables with exact truth.
 
     Item i of a split is the same whatever sizes are asked for. Interrupted builds go on; several processes share the work.
     """
 
-    name: Positional[str] = "cmt-open"
-    """which benchmark: cmt-open"""
     out: Path = Path("data/cmt-open")
     """folder for the JSONL files, the images and the manifest"""
     train: int = 24000
@@ -111,9 +109,6 @@ class DataBuild:
     def run(self) -> int:
         from .cmt import build_cmt, write_shards
 
-        if self.name != "cmt-open":
-            print(f"no benchmark {self.name!r}; there is: cmt-open", file=sys.stderr)
-            return 2
         folder = build_cmt(
             self.out,
             train=self.train,
@@ -127,6 +122,39 @@ class DataBuild:
         print(f"built {folder}")
         if self.shard_items:
             print(f"wrote {write_shards(folder, self.shard_items)}")
+        return 0
+
+
+@dataclass
+class BuildPublic:
+    """Assemble CMT-public, of the size that the paper gives for CMT, from public sets on your own disk. Copies no picture.
+
+    Nothing is fetched: docs/cmt.md says where each set comes from and where its files belong below --sources. What is missing is listed,
+    and the sizes are scaled to what is there. A build that was stopped keeps the picture hashes that it has.
+    """
+
+    sources: Path
+    """folder of the public sets (their annotation files and pictures), and of sources.yaml if there are more"""
+    out: Path = Path("data/cmt-public")
+    """folder for train.jsonl, test.jsonl, manifest.json, the card, and a link to the pictures"""
+    train: int = 505_405
+    """training entries: the paper's number"""
+    test: int = 1_149
+    """test entries: the paper's number"""
+    llava: tuple[Path, ...] = ()
+    """LLaVA mixes whose pictures must not be in test (default: llava/llava_v1_5_mix665k.json of the sources, if it is there)"""
+    seed: int = 0
+    """another seed, another choice of entries"""
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """processes that hash pictures"""
+
+    def run(self) -> int:
+        from .cmt.public import build_public
+        from .cmt.public.card import summary
+
+        options = {"train": self.train, "test": self.test, "llava": self.llava, "seed": self.seed, "workers": self.workers}
+        print(summary(build_public(self.sources, self.out, **options)))
+        print(f"built {self.out}")
         return 0
 
 
@@ -334,6 +362,19 @@ class Estimate:
         recipe = parse_command([str(self.recipe), *overrides], __doc__ or "")
         print(estimate(recipe, earlier_stages(self.recipe.parent), self.tokens).text())
         return 0
+
+
+Build = Annotated[BuildOpen, subcommand("cmt-open")] | Annotated[BuildPublic, subcommand("cmt-public")]
+
+
+@dataclass
+class DataBuild:
+    """Build a benchmark: cmt-open (made here, nothing needed) or cmt-public (from public sets that you have)."""
+
+    benchmark: Annotated[Build, tyro.conf.arg(name="")]
+
+    def run(self) -> int:
+        return self.benchmark.run()
 
 
 Data = Annotated[DataCheck, subcommand("check")] | Annotated[DataBuild, subcommand("build")]

@@ -8,7 +8,22 @@ import pytest
 from llava_collab.cli import main
 from llava_collab.doctor import CORE, OPTIONAL, report, root_cause
 
-VERBS = ["doctor", "assets", "data", "data check", "data build", "ask", "chat", "export", "ablate", "inspect", "convert", "estimate"]
+VERBS = [
+    "doctor",
+    "assets",
+    "data",
+    "data check",
+    "data build",
+    "data build cmt-open",
+    "data build cmt-public",
+    "ask",
+    "chat",
+    "export",
+    "ablate",
+    "inspect",
+    "convert",
+    "estimate",
+]
 
 
 @pytest.mark.parametrize("verb", [[], *map(str.split, VERBS)])
