@@ -17,7 +17,7 @@ build() { llava-collab data build cmt-open --val 0 --test-object 0 --test-templa
 
 llava-collab assets --bases smollm2-135m-l4-v8k efficientnet-lite0 dinov2-s
 if [ "${1:-}" = --check ]; then
-  build --out data/release-check --train 0 --test 0 --decision 70
+  build --out data/release-check --train 0 --test 70 --decision 0
   exec python eval/release.py check --data-root data/release-check
 fi
 

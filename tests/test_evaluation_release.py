@@ -64,7 +64,7 @@ def test_a_cell_that_is_not_the_records_is_found(
 ) -> None:
     monkeypatch.setattr(release, "ROOT", tmp_path)
     monkeypatch.setattr(release, "MODELS", {"some": "llava"})
-    monkeypatch.setattr(release.Check, "_regenerate", lambda self, name, row: self.items / 100)
+    monkeypatch.setattr(release.Check, "_regenerate", lambda self, name: self.items / 100)
     text = release.tables(records)
     (tmp_path / "README.md").write_text(
         f"# Title\n\n| another | table |\n\n{release.SECTION} More\n\n{text}\n\n## Next\n\n| a third |\n", encoding="utf-8"
