@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llava_collab.data.samples import Sample
 from llava_collab.evaluation.evaluator import evaluate
@@ -37,6 +38,24 @@ def questions(count: int = 90) -> list[Sample]:
     """Of ragged length, in two categories."""
     categories = ("Visual QA", "Spatial Inference")
     return [Sample(f"s{i}", (), (Turn("user", "why " * (i % 7)), Turn("assistant", "yes")), categories[i % 2]) for i in range(count)]
+
+
+def talkative() -> tuple[Any, Any]:
+    """The tiny model with weights so large that its answers differ from question to question, and its processor."""
+    import torch
+
+    from llava_collab.models.build import ModelSpec, build
+
+    model: Any
+    model, processor = build(ModelSpec(visual_expert={}, language_expert={}))
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    torch.manual_seed(1)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "language_model.layers" in name and parameter.dim() > 1:
+                parameter *= 10
+    return model, processor
 
 
 def main(out: Path, seconds: float) -> None:

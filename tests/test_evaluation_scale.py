@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluating import Slow, questions
+from evaluating import Slow, questions, talkative
 from PIL import Image
 from running import ROOT, run_apart
 
@@ -223,10 +223,7 @@ def test_a_killed_rank_loses_nothing_and_another_number_goes_on(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_two_processes_of_the_program_answer_as_one(tmp_path: Path) -> None:
-    from llava_collab.models.build import ModelSpec, build
-
-    network, processor = build(ModelSpec(visual_expert={}, language_expert={}))
-    for part in (network, processor):
+    for part in talkative():
         part.save_pretrained(tmp_path / "model")
     rows: list[dict[str, Any]] = []
     for i in range(18):
@@ -239,7 +236,6 @@ def test_two_processes_of_the_program_answer_as_one(tmp_path: Path) -> None:
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     suite = {"name": "tiny", "root": str(tmp_path), "files": {"train": "train.jsonl", "test": "test.jsonl"}}
     write_json(tmp_path / "suite.yaml", suite | {"categories": {"Visual QA": {"metric": "vqa", "max_new_tokens": 6}}})
-    (tmp_path / "0-broken.png").write_bytes(b"")
     command = ["eval/run.py", "--model", str(tmp_path / "model"), "--suite", str(tmp_path / "suite.yaml"), "--batch-size", "4", "--out"]
     one = run_apart([*command, str(tmp_path / "one")])
     two = run_apart([*TORCHRUN, *command, str(tmp_path / "two")])

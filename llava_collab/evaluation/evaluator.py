@@ -135,6 +135,7 @@ def _check(samples: Sequence[Sample], scorer: Scorer, max_new_tokens: Mapping[st
 
 def batches(samples: Sequence[Sample], max_new_tokens: Mapping[str, int], batch_size: int) -> Iterator[list[Sample]]:
     """Questions of equal token limit and image count and similar length, the same whatever the order of the samples."""
+
     def key(sample: Sample) -> tuple[int, int, int, str]:
         length = sum(len(turn.text) for turn in sample.request().turns)
         return max_new_tokens[sample.category], len(sample.images), length, sample.id
