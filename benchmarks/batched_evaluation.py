@@ -135,11 +135,10 @@ def measure(args: Args) -> tuple[dict[str, Agreement], float]:
                     alone[group[0].id] = texts[0]
             seconds[size] += time.perf_counter() - start
     shuffled = random.Random(0).sample(list(requests.values()), len(requests))  # noqa: S311 - an order, not a secret
+    dealt = [shuffled[at : at + args.batch_size] for at in range(0, len(shuffled), args.batch_size)]
     agreed = {
         "the evaluator's batches": agreement(model, ways[args.batch_size], alone),
-        "batches of every kind mixed": agreement(
-            model, [shuffled[at : at + args.batch_size] for at in range(0, len(shuffled), args.batch_size)], alone
-        ),
+        "batches of every kind mixed": agreement(model, dealt, alone),
     }
     return agreed, seconds[1] / seconds[args.batch_size]
 

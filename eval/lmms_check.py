@@ -2,8 +2,8 @@
 
     python eval/lmms_check.py --model checkpoints/hyperllava-smol --lmms runs/lmms-check --out runs/lmms-check/ours
 
-`--lmms` is the --output_path of an lmms-eval run with --log_samples; scripts/lmms_eval_check.sh makes one and calls this. Exit status 0 where
-every category's score agrees to 0.001.
+`--lmms` is the --output_path of an lmms-eval run with --log_samples; scripts/lmms_eval_check.sh makes one and calls this. Exit status 0
+where every category's score agrees to 0.001.
 """
 
 from __future__ import annotations

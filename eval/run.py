@@ -67,7 +67,7 @@ class Args:
     """Control: give every question the image of another sample that asks the same question."""
 
     feature_cache: bool = False
-    """Keep vision tower outputs in the local cache (the one that training uses; computed in bf16), so that the next run with this tower skips it."""
+    """Keep vision tower outputs in the local cache (training's, computed in bf16), so that the next run with this tower skips it."""
 
     batch_size: int = 8
     """Questions answered at once, by each process; halved by itself for a batch that does not fit into memory."""

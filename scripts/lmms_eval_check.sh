@@ -12,7 +12,7 @@ if [ ! -e data/cmt-open/test.jsonl ]; then
   exit 1
 fi
 
-export VENV=${VENV:-.venv-lmms} EXTRAS=eval,lmms
+export VENV=${VENV:-.venv-lmms} EXTRAS=dev,eval,lmms
 # shellcheck source=scripts/setup.sh
 source scripts/setup.sh
 python -c 'import lmms_eval' 2>/dev/null || python -m pip install --quiet --disable-pip-version-check --no-deps lmms-eval==0.7.3
@@ -22,3 +22,4 @@ export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_DATASETS_CACHE="$out/datasets" 
 lmms-eval --model llava_collab --model_args "pretrained=$model,dtype=float32" --batch_size 4 --limit "${ITEMS:-2}" \
   --tasks cmt_open --include_path eval/lmms_eval --log_samples --output_path "$out/lmms"
 python eval/lmms_check.py --model "$model" --lmms "$out/lmms" --out "$out/ours"
+python -m pytest -q -p no:xdist tests/test_evaluation_lmms.py # what a machine without lmms-eval skips

@@ -98,6 +98,7 @@ def test_failed_samples_are_rows_and_counted(tmp_path: Path) -> None:
     assert rows.keys() == bad and rows["s3"]["error"] == "OSError: no picture" and rows["s3"]["score"] is None
 
 
+@pytest.mark.slow
 def test_the_program_tells_headline_and_status(tmp_path: Path) -> None:
     """The majority baseline has no answer for a category that training never showed."""
     for split, categories in (("train", ["Visual QA"]), ("test", ["Visual QA"] * 3 + ["Spatial Inference"])):

@@ -1,4 +1,4 @@
-"""`ask`: put one batch to a model so that a bad sample costs itself, too little memory costs time, and a programming error stops the run."""
+"""`ask`: put one batch to a model so that a bad sample costs itself, too little memory time, and a programming error the run."""
 
 from __future__ import annotations
 

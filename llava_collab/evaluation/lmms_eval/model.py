@@ -72,7 +72,9 @@ class LlavaCollab(lmms):
             raise RuntimeError(f"{len(errors)} of {len(asked)} requests have no answer (max_errors={self.max_errors}): {errors[0]}")
         return [results[number] for number in range(len(asked))]
 
-    def _read(self, number: str, _: str, messages: Any, options: Mapping[str, Any], doc: int, task: str, split: str) -> tuple[Any, list[str]]:
+    def _read(
+        self, number: str, _: str, messages: Any, options: Mapping[str, Any], doc: int, task: str, split: str
+    ) -> tuple[Any, list[str]]:
         """The request and its stop strings."""
         if options.get("do_sample") or options.get("num_beams", 1) != 1:
             raise ValueError(f"{task} asks for sampling or beams ({dict(options)}); answers are greedy here, set its generation_kwargs")
