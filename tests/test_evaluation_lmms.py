@@ -9,7 +9,7 @@ import importlib.util
 import json
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -95,7 +95,7 @@ class Lmms(abc.ABC):
 
 
 @pytest.fixture
-def plugin(monkeypatch: pytest.MonkeyPatch) -> type:
+def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
     """The class that the manifest names, loaded as lmms-eval does, on a stand-in for lmms-eval."""
     names = {"api.instance": {"GenerationResult": GenerationResult, "TokenCounts": TokenCounts}, "api.model": {"lmms": Lmms}}
     names["models.registry_v2"] = {"ModelManifest": ModelManifest}
@@ -105,10 +105,10 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> type:
         monkeypatch.setitem(sys.modules, module.__name__, module)
     [manifest] = manifests()
     place, _, name = manifest.chat_class_path.rpartition(".")
-    monkeypatch.delitem(sys.modules, place, raising=False)
     made = getattr(importlib.import_module(place), name)
     assert manifest.model_id == "llava_collab" and issubclass(made, Lmms) and made.is_simple is False
-    return made
+    yield made
+    del sys.modules[place]  # it stands on the stand-in
 
 
 @pytest.fixture(scope="module")
