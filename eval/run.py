@@ -2,8 +2,10 @@
 
     python eval/run.py --model runs/hyper --suite eval/suites/cmt-open.yaml --items-per-category 50 --out runs/hyper/eval
     python eval/run.py --model majority --suite eval/suites/cmt-open.yaml --out runs/majority/eval
+    torchrun --nproc-per-node 8 eval/run.py --model ...     a process a GPU (or `accelerate launch`), the same records
 
-Killed? Run the same command again: answered samples are kept, the rest is asked. Tables over several runs: eval/table.py.
+Killed? Run the same command again, on any number of processes: answered samples are kept, the rest is asked. Exit status: 0; 1 for an
+error, or where more than --max-error-rate of the samples have no answer. Tables over several runs: eval/table.py.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from llava_collab.evaluation.baselines import BASELINES
 from llava_collab.evaluation.controls import blind, permute_images
 from llava_collab.evaluation.environment import environment
 from llava_collab.evaluation.evaluator import Summary, choose, evaluate
+from llava_collab.evaluation.ranks import Ranks, joined
 from llava_collab.evaluation.records import RecordError, model_sha256
 from llava_collab.evaluation.suite import SuiteError, load_suite
 from llava_collab.types import Model, Single
@@ -65,13 +68,13 @@ class Args:
     """Control: give every question the image of another sample that asks the same question."""
 
     feature_cache: bool = False
-    """Keep vision tower outputs in the local cache (the one that training uses; computed in bf16), so that the next run skips it."""
+    """Keep vision tower outputs in the local cache (training's, computed in bf16), so that the next run with this tower skips it."""
 
     batch_size: int = 8
-    """Questions answered at once."""
+    """Questions answered at once, by each process; halved by itself for a batch that does not fit into memory."""
 
     device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    """auto (a GPU if there is one, one for each process), cpu, cuda or cuda:N."""
 
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
     """Type the weights are loaded in; by default that of the model's files."""
@@ -83,8 +86,9 @@ class Args:
     """Exit with status 1 if more than this share of samples ended in an error."""
 
 
-def main(args: Args) -> Summary:
+def main(args: Args, ranks: Ranks | None = None) -> Summary:
     """Evaluate and print. Raises RecordError, SuiteError, ValueError or FileNotFoundError with the cure."""
+    ranks = ranks or Ranks()
     if args.blind and args.permute_images:
         raise ValueError("--blind and --permute-images are two controls: run them one at a time, with a folder each")
     suite = load_suite(args.suite)
@@ -99,7 +103,7 @@ def main(args: Args) -> Summary:
     samples = choose(samples, args.items_per_category, args.seed)
     samples = blind(samples) if args.blind else samples
     name = args.name or args.model + "+blind" * args.blind + "+permuted" * args.permute_images
-    model, about_model = _model(args, name, train, samples)
+    model, about_model = _model(args, name, train, samples, ranks)
     about_run = {"suite": suite.name, "seed": args.seed, "blind": args.blind, "permute_images": args.permute_images, "decoding": "greedy"}
     summary = evaluate(
         model,
@@ -110,14 +114,16 @@ def main(args: Args) -> Summary:
         batch_size=args.batch_size,
         split=args.split,
         identity=about_run | about_model,
-        environment=environment(arguments={key: str(value) for key, value in asdict(args).items()}),
+        environment=environment(arguments={key: str(value) for key, value in asdict(args).items()}, processes=ranks.count),
+        ranks=ranks,
     )
-    runs = report.read_runs([args.out])
-    print("\n\n".join([f"{name}: {runs[0].headline}", report.score_table(runs).markdown(), report.beside_table(runs).markdown()]))
+    if ranks.first:
+        runs = report.read_runs([args.out])
+        print("\n\n".join([f"{name}: {runs[0].headline}", report.score_table(runs).markdown(), report.beside_table(runs).markdown()]))
     return summary
 
 
-def _model(args: Args, name: str, train: list[Sample], samples: list[Sample]) -> tuple[Model, dict[str, Any]]:
+def _model(args: Args, name: str, train: list[Sample], samples: list[Sample], ranks: Ranks) -> tuple[Model, dict[str, Any]]:
     """The model and what identifies it: hash of its folder, of its chat template, its number type."""
     if args.model in BASELINES:
         return BASELINES[args.model](train, samples, name), {"model_sha256": None, "prompt_template_sha256": None, "dtype": None}
@@ -133,8 +139,9 @@ def _model(args: Args, name: str, train: list[Sample], samples: list[Sample]) ->
     network, processor = load(str(folder), dtype=None if args.dtype == "stored" else getattr(torch, args.dtype))
     network.to(pick_device(args.device))
     if args.feature_cache:
-        images = [image for sample in samples for image in sample.images]
+        images = ranks.share([image for sample in samples for image in sample.images])
         processor.feature_cache = feature_cache(network, processor, images, args.batch_size)
+        ranks.wait()  # a rank's questions are not about the pictures of its share
     identity["prompt_template_sha256"] = hashlib.sha256(str(processor.chat_template).encode()).hexdigest()
     return Single(network, processor, name), identity
 
@@ -142,8 +149,9 @@ def _model(args: Args, name: str, train: list[Sample], samples: list[Sample]) ->
 if __name__ == "__main__":
     arguments = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        result = main(arguments)
+        with joined(cpu=arguments.device == "cpu") as those:
+            result = main(arguments, those)
     except (RecordError, SuiteError, ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    if result.error_rate > arguments.max_error_rate:
+    if those.first and result.error_rate > arguments.max_error_rate:
         sys.exit(f"error: {result}, more than {arguments.max_error_rate:.1%}; the reasons are in {arguments.out}/records.jsonl")

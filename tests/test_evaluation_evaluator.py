@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llava_collab.data.samples import Sample
 from llava_collab.evaluation.controls import blind, permute_images
-from llava_collab.evaluation.evaluator import choose, data_sha256, evaluate
+from llava_collab.evaluation.evaluator import choose, evaluate
+from llava_collab.evaluation.identity import data_sha256, images_sha256
 from llava_collab.evaluation.metrics import Scorer
 from llava_collab.evaluation.records import RECORDS, RecordError, Row, model_sha256, open_run, read_rows
 from llava_collab.types import Answer, Model, Request, Turn, Usage
@@ -157,7 +159,29 @@ def test_choice_of_items_ignores_file_order() -> None:
     assert data_sha256(SAMPLES) == data_sha256(SAMPLES[::-1]) != data_sha256(chosen)
 
 
-def test_model_hash_is_of_config_and_weights(tmp_path: Path) -> None:
+def test_a_picture_that_changes_is_another_run(tmp_path: Path) -> None:
+    def samples(*names: str) -> list[Sample]:
+        return [Sample(f"s{i}", (tmp_path / name,), (Turn("user", "<image>q"), Turn("assistant", "yes"))) for i, name in enumerate(names)]
+
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(name.encode())
+    before = images_sha256(samples("a.png", "b.png"))
+    assert before == images_sha256(samples("a.png", "b.png")[::-1]) != images_sha256(samples("b.png", "a.png"))
+    (tmp_path / "a.png").rename(tmp_path / "a.jpg")
+    assert images_sha256(samples("a.png", "b.png")) == before  # the same bytes, found under another extension
+    assert images_sha256(samples("c.png", "b.png")) not in (before, images_sha256(samples("b.png")))
+    (tmp_path / "a.jpg").write_bytes(b"other")
+    assert images_sha256(samples("a.png", "b.png")) != before
+
+    asked = [replace(s, category="Visual QA") for s in samples("a.png", "b.png")]
+    run(Echo(), tmp_path / "out", asked)
+    (tmp_path / "b.png").write_bytes(b"other as well")
+    with pytest.raises(RecordError, match="images_sha256") as error:
+        run(Echo(), tmp_path / "out", asked)
+    assert "data_sha256" not in str(error.value)
+
+
+def test_model_hash_is_of_all_that_answers(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="not a model folder"):
         model_sha256(tmp_path)
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
@@ -166,6 +190,9 @@ def test_model_hash_is_of_config_and_weights(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("x", encoding="utf-8")
     assert model_sha256(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"2")
+    assert model_sha256(tmp_path) != before
+    before = model_sha256(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     assert model_sha256(tmp_path) != before
 
 

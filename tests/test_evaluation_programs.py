@@ -22,7 +22,7 @@ from llava_collab.evaluation.statistics import MACRO, bootstrap
 from llava_collab.evaluation.suite import SuiteError, load_suite
 
 ROOT = Path(__file__).parent.parent
-SUITES = sorted((ROOT / "eval" / "suites").glob("*.yaml"))
+SUITES = sorted(path for path in (ROOT / "eval" / "suites").glob("*.yaml") if path.stem != "llava_1_5")  # that one is lmms-eval's
 
 
 # --- intervals --------------------------------------------------------------------------------------------------------------------

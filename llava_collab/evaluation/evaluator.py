@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from llava_collab.evaluation.asking import ask
+from llava_collab.evaluation.identity import run_identity
 from llava_collab.evaluation.metrics import Scorer, references
-from llava_collab.evaluation.records import RECORDS, Row, dump, open_run, read_rows, write_rows
+from llava_collab.evaluation.ranks import Ranks, refuse_writers, writing
+from llava_collab.evaluation.records import PART, RECORDS, Row, dump, open_run, read_rows, settle
 from llava_collab.types import Answer, Model, Request
 
 if TYPE_CHECKING:
@@ -51,69 +53,54 @@ def evaluate(
     split: str = "test",
     identity: Mapping[str, Any] | None = None,
     environment: Mapping[str, Any] | None = None,
+    ranks: Ranks | None = None,
 ) -> Summary:
     """Ask `model` every sample and write `out_dir/records.jsonl` and `run.json` (and the caption frequencies that scores rest on).
 
-    `max_new_tokens` is by category. `identity` is what else decides the numbers (model hash, prompt template, seed, ...); the data hash,
-    the metrics and the limits are added here. Batches hold questions of equal token limit and image count and similar length; they are laid
-    out before anything is skipped, so that a resumed run pads as an unbroken one does (but for the batch it was killed in).
+    `max_new_tokens` is by category. `identity` is what else decides the numbers (model hash, prompt template, seed, ...); the data hashes,
+    the metrics and the limits are added here. Batches are laid out before anything is skipped and dealt whole to the ranks, so that
+    answers are padded alike in a resumed run, on any number of processes, and in an unbroken run of one.
 
-    Rows that are there already are kept; error rows are tried again. An answer with `error` becomes a row of status "error" without a
-    score. Exceptions of the model stop the run, with everything before them on disk.
+    Rows that are there already are kept; error rows are tried again. A request that fails becomes a row of status "error" without a
+    score; what else the model raises stops the run (see `ask`), with everything before it on disk.
 
     Raises ValueError (repeated ids, a sample that can't be scored, a model that returns another number of answers) and RecordError
-    (`out_dir` is of another run).
+    (`out_dir` is of another run, or another process writes to it).
     """
     _check(samples, scorer, max_new_tokens)
-    open_run(out_dir, run_identity(model, samples, scorer, max_new_tokens, split, identity or {}), environment or {})
-    if scorer.context.frequencies is not None:
-        scorer.context.frequencies.save(out_dir / FREQUENCIES)
-    done = _resume(out_dir, {sample.id for sample in samples})
+    ranks = ranks or Ranks()
+    layout = list(batches(samples, max_new_tokens, batch_size))
+    ids = [[sample.id for sample in batch] for batch in layout]
+    if ranks.first:
+        refuse_writers(out_dir)
+        open_run(out_dir, run_identity(model, samples, scorer, max_new_tokens, split, identity or {}), environment or {})
+        if scorer.context.frequencies is not None:
+            scorer.context.frequencies.save(out_dir / FREQUENCIES)
+        settle(out_dir, ids, final=False)
+    ranks.wait()
+    done = {row["sample_id"] for row in read_rows(out_dir)}
+    left = [rest for batch in layout if (rest := [sample for sample in batch if sample.id not in done])]
+    own = ranks.share(left)
+    path = out_dir / (RECORDS if ranks.count == 1 else PART.format(ranks.index))
     with (
-        (out_dir / RECORDS).open("a", encoding="utf-8") as file,
-        tqdm(total=len(samples), initial=len(done), unit="item", desc="eval") as bar,
+        writing(out_dir, ranks.index),
+        path.open("a", encoding="utf-8") as file,
+        tqdm(total=len(done) + sum(map(len, own)), initial=len(done), unit="item", desc="eval", disable=not ranks.first) as bar,
     ):
-        for batch in _batches(samples, max_new_tokens, batch_size):
-            batch = [sample for sample in batch if sample.id not in done]
-            if not batch:
-                continue
+        for batch in own:
             start = time.perf_counter()
-            answers = model.generate([sample.request(max_new_tokens[sample.category]) for sample in batch])
+            answers = ask(model, [sample.request(max_new_tokens[sample.category]) for sample in batch])
             seconds = (time.perf_counter() - start) / len(batch)
-            if len(answers) != len(batch):
-                raise ValueError(f"{model.name} gave {len(answers)} answers to {len(batch)} requests; a Model gives one each, in order")
             for sample, answer in zip(batch, answers, strict=True):
                 file.write(dump(_row(sample, answer, scorer, max_new_tokens, split, seconds)))
             file.flush()
             bar.update(len(batch))
+    ranks.wait()
+    if ranks.first:
+        settle(out_dir, ids, final=True)
+    ranks.wait()
     statuses = Counter(row["status"] for row in read_rows(out_dir))
     return Summary(len(samples), statuses["ok"], statuses["error"])
-
-
-def run_identity(
-    model: Model, samples: Sequence[Sample], scorer: Scorer, max_new_tokens: Mapping[str, int], split: str, more: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What must be equal for two runs to be the same one; also what a reader needs to trust a number."""
-    frequencies = scorer.context.frequencies
-    metrics: dict[str, Any] = {"versions": scorer.versions, "categories": dict(scorer.categories)}
-    metrics["families"] = {f"{category}/{family}": metric for (category, family), metric in sorted(scorer.families.items())}
-    metrics["frequencies_sha256"] = frequencies.sha256() if frequencies else None
-    metrics["objects_sha256"] = _sha256(scorer.context.objects)
-    return {
-        "model": model.name,
-        "split": split,
-        "data_sha256": data_sha256(samples),
-        "items": dict(sorted(Counter(sample.category for sample in samples).items())),
-        "max_new_tokens": dict(max_new_tokens),
-        "metrics": metrics,
-        **more,
-    }
-
-
-def data_sha256(samples: Sequence[Sample]) -> str:
-    """Hash of what is asked and what counts as right: ids, turns, image file names and references, whatever the order of the samples."""
-    rows = [[s.id, [[t.role, t.text] for t in s.turns], [_image_name(i) for i in s.images], list(references(s))] for s in samples]
-    return _sha256(sorted(rows))
 
 
 def choose(samples: Sequence[Sample], items_per_category: int | None, seed: int) -> list[Sample]:
@@ -146,18 +133,9 @@ def _check(samples: Sequence[Sample], scorer: Scorer, max_new_tokens: Mapping[st
     scorer.check(samples)
 
 
-def _resume(folder: Path, asked: set[str]) -> set[str]:
-    """Ids that are answered already; drops error rows, rows of nobody asked, and a half-written last line from the file."""
-    path = folder / RECORDS
-    if not path.is_file():
-        return set()
-    rows = [row for row in read_rows(folder) if row["status"] == "ok" and row["sample_id"] in asked]
-    if "".join(map(dump, rows)).encode() != path.read_bytes():
-        write_rows(folder, rows)
-    return {row["sample_id"] for row in rows}
+def batches(samples: Sequence[Sample], max_new_tokens: Mapping[str, int], batch_size: int) -> Iterator[list[Sample]]:
+    """Questions of equal token limit and image count and similar length, the same whatever the order of the samples."""
 
-
-def _batches(samples: Sequence[Sample], max_new_tokens: Mapping[str, int], batch_size: int) -> Iterator[list[Sample]]:
     def key(sample: Sample) -> tuple[int, int, int, str]:
         length = sum(len(turn.text) for turn in sample.request().turns)
         return max_new_tokens[sample.category], len(sample.images), length, sample.id
@@ -194,11 +172,3 @@ def _row(sample: Sample, answer: Answer, scorer: Scorer, max_new_tokens: Mapping
     if "images_from" in sample.meta:
         row["images_from"] = sample.meta["images_from"]
     return row
-
-
-def _image_name(image: Any) -> str:
-    return image.name if isinstance(image, Path) else type(image).__name__
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()

@@ -1,6 +1,7 @@
 """Record files: one JSON row a sample in `records.jsonl`, and what produced them in `run.json` beside it.
 
-Rows are appended and flushed as answers come, so that a killed run loses nothing but the line it was writing.
+Rows are appended as answers come, so that a killed run loses nothing but the batch it was asking. Where several processes evaluate
+together, each appends to a part of its own; `settle` folds the parts into `records.jsonl`.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ import hashlib
 import json
 import lzma
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_collab.files import sha256, write_bytes, write_json, write_text
 
 RECORDS = "records.jsonl"
+PART = "records.part-{}.jsonl"
 RUN = "run.json"
 LOSSES = "losses.json"
 Row = dict[str, Any]
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 class RecordError(ValueError):
@@ -47,7 +50,10 @@ def read_lines(path: Path) -> list[Row]:
     packed = path.with_name(f"{path.name}.xz")
     if not path.is_file() and not packed.is_file():
         raise RecordError(f"{path}: no such file; run eval/run.py with --out {path.parent} first")
-    content = path.read_bytes() if path.is_file() else lzma.decompress(packed.read_bytes())
+    return _parse(path, path.read_bytes() if path.is_file() else lzma.decompress(packed.read_bytes()))
+
+
+def _parse(path: Path, content: bytes) -> list[Row]:
     rows: list[Row] = []
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
@@ -61,6 +67,27 @@ def read_lines(path: Path) -> list[Row]:
 def write_rows(folder: Path, rows: Iterable[Row]) -> None:
     """Replace `folder/records.jsonl` as a whole, atomically."""
     write_text(folder / RECORDS, "".join(dump(row) for row in rows))
+
+
+def settle(folder: Path, batches: Sequence[Sequence[str]], *, final: bool) -> None:
+    """Make `folder/records.jsonl` of what lies there and in the parts of all ranks: the rows of `batches` (ids) in their order.
+
+    final: every row, errors included. Otherwise what a resumed run goes on from: answered rows, and of a batch that was cut in two by a
+    kill none at all, so that it is asked again as a whole and padded as in an unbroken run. Killed in here, nothing is lost.
+    Raises RecordError for a broken row.
+    """
+    parts = sorted(folder.glob(PART.format("*")))
+    path = folder / RECORDS
+    rows: dict[str, Row] = {}
+    for row in [row for file in (path, *parts) if file.is_file() for row in _parse(file, file.read_bytes())]:
+        if row["sample_id"] not in rows or rows[row["sample_id"]]["status"] == "error":
+            rows[row["sample_id"]] = row
+    kept = [rows[sample_id] for batch in batches if final or rows.keys() >= set(batch) for sample_id in batch if sample_id in rows]
+    text = "".join(dump(row) for row in kept if final or row["status"] == "ok")
+    if not path.is_file() or text.encode() != path.read_bytes():
+        write_text(path, text)
+    for part in parts:
+        part.unlink()
 
 
 def pack(folder: Path, to: Path) -> None:
@@ -123,12 +150,12 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple
 
 
 def model_sha256(folder: Path) -> str:
-    """One hash of what decides a model's answers: its `config.json` and every `*.safetensors`, by name and bytes.
+    """One hash of what decides a model's answers, by name and bytes: weights, configurations, tokenizer, processor, chat template.
 
-    Raises RecordError for a folder without them.
+    Raises RecordError for a folder without `config.json` or weights.
     """
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    if len(files) < 2 or not files[0].is_file():
+    files = sorted(file for pattern in _MODEL_FILES for file in folder.glob(pattern))
+    if not (folder / "config.json").is_file() or not any(file.suffix == ".safetensors" for file in files):
         raise RecordError(f"{folder}: not a model folder (no config.json, or no *.safetensors beside it)")
     lines = [f"{file.name} {sha256(file)}" for file in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
