@@ -112,7 +112,7 @@ class Run:
         return 1 if failed else 0
 
     def _command(self, benchmark: Benchmark) -> list[str]:
-        launch = ["accelerate", "launch", "--num_processes", str(self.gpus), "-m", "lmms_eval"] if self.gpus > 1 else ["lmms-eval"]
+        launch = ["torchrun", "--standalone", "--nproc-per-node", str(self.gpus), "-m", "lmms_eval"] if self.gpus > 1 else ["lmms-eval"]
         command = [*launch, "--model", "llava_collab", "--model_args", f"pretrained={self.model},dtype={self.dtype}"]
         command += ["--tasks", benchmark.own_task, "--include_path", str(self.out / "tasks"), "--batch_size", str(self.batch_size)]
         command += ["--log_samples", "--output_path", str(self.out / benchmark.name)]

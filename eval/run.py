@@ -2,7 +2,7 @@
 
     python eval/run.py --model runs/hyper --suite eval/suites/cmt-open.yaml --items-per-category 50 --out runs/hyper/eval
     python eval/run.py --model majority --suite eval/suites/cmt-open.yaml --out runs/majority/eval
-    torchrun --nproc-per-node 8 eval/run.py --model ...     a process a GPU (or `accelerate launch`), the same records
+    torchrun --nproc-per-node 8 eval/run.py --model ...     a process a GPU, the same records
 
 Killed? Run the same command again, on any number of processes: answered samples are kept, the rest is asked. Exit status: 0; 1 for an
 error, or where more than --max-error-rate of the samples have no answer. Tables over several runs: eval/table.py.

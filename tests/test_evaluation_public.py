@@ -113,7 +113,7 @@ def test_a_dry_run_prints_what_is_left(public: ModuleType, tmp_path: Path, capsy
     assert run.run() == 0
     done, left = capsys.readouterr().out.splitlines()
     command = shlex.split(left)
-    assert done.startswith("# gqa: has results") and command[:6] == ["accelerate", "launch", "--num_processes", "8", "-m", "lmms_eval"]
+    assert done.startswith("# gqa: has results") and command[:6] == ["torchrun", "--standalone", "--nproc-per-node", "8", "-m", "lmms_eval"]
     assert command[command.index("--tasks") + 1] == "llava_1_5_textvqa_ocr" and "pretrained=runs/x/model,dtype=bfloat16" in command
     assert not (tmp_path / "tasks").exists()
     with pytest.raises(SuiteError, match="no benchmark"):
