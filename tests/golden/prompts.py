@@ -43,7 +43,7 @@ def questions(folder: Path) -> list[Sample]:
             group = category.make(pool, group_rng(name, "test", index), 1)
             files = [f"{image}.png" for image in range(len(group.images))]
             for question in group.questions:
-                sample = parse_record(_row(question, category, "test", index, files), folder, f"{name} {index}")
+                sample = parse_record(_row(question, group, category, "test", index, files), folder, f"{name} {index}")
                 found.setdefault((name, question.family), sample)
     return list(found.values())
 
