@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from llava_collab.evaluation import report
+from llava_collab.evaluation.statistics import MACRO
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(set(re.findall(r"(?<!`)`((?:python|llava-collab|scripts/|bash) ?[^`\n]+)`", README)))
@@ -62,3 +65,14 @@ def test_the_data_card_has_the_tables_that_the_programs_wrote() -> None:
     card = (ROOT / "data/README.md").read_text(encoding="utf-8")
     for name in ("families.md", "legibility.md"):
         assert (ROOT / "docs/results/cmt-open" / name).read_text(encoding="utf-8").strip() in card, name
+
+
+@pytest.mark.parametrize(("page", "records"), [("README.md", "quickstart"), ("docs/cmt.md", "cmt-open/test")])
+def test_score_tables_are_those_of_the_kept_records(page: str, records: str) -> None:
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    runs = report.read_runs(sorted(path.parent for path in (ROOT / "docs/results" / records).glob("*/run.json")))
+    assert len(runs) >= 4
+    for run in runs:
+        found = run.intervals()
+        cells = [f"{found[name].mean:.1f} ± {found[name].half_width:.1f}" for name in (*report.CATEGORIES, MACRO)]
+        assert f"| {run.label} | {' | '.join(cells)} |" in lines
