@@ -81,6 +81,34 @@ class DataCheck:
 
 
 @dataclass
+class DataSheet:
+    """Draw items of a data file, with question and answer, as one picture to look at: the first few of every family."""
+
+    file: Positional[Path]
+    """a JSONL file of CMT-open or CMT-public, e.g. data/cmt-open/test.jsonl"""
+    out: Path = Path("sheet.png")
+    """the picture"""
+    families: tuple[str, ...] = ()
+    """only these families (default: all)"""
+    each: int = 2
+    """items of each family"""
+
+    def run(self) -> int:
+        from .cmt import contact_sheet
+        from .data.samples import iter_records
+
+        shown: dict[str, list[dict[str, Any]]] = {}
+        for row in iter_records(self.file):
+            if not self.families or row.get("family") in self.families:
+                shown.setdefault(row.get("family", ""), []).append(row)
+        chosen = [row for family in sorted(shown) for row in shown[family][: self.each]]
+        if not chosen:
+            raise ValueError(f"{self.file} has no item of {', '.join(self.families) or 'any family'}")
+        print(contact_sheet(chosen, self.out, self.file.parent))
+        return 0
+
+
+@dataclass
 class BuildOpen:
     """Build CMT-open: seven categories of image-text tasks, rendered from real photographs, maps and tables with exact truth.
 
@@ -377,7 +405,7 @@ class DataBuild:
         return self.benchmark.run()
 
 
-Data = Annotated[DataCheck, subcommand("check")] | Annotated[DataBuild, subcommand("build")]
+Data = Annotated[DataCheck, subcommand("check")] | Annotated[DataBuild, subcommand("build")] | Annotated[DataSheet, subcommand("sheet")]
 
 
 @dataclass

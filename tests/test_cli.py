@@ -56,6 +56,7 @@ hidden = {sorted(set(OPTIONAL) | {"torchvision", "open_clip", "datasets", "onnxr
 sys.modules.update(dict.fromkeys(hidden))  # None there makes an import fail and find_spec find nothing, as if not installed
 import llava_collab
 names = [m.name for m in pkgutil.walk_packages(llava_collab.__path__, "llava_collab.")]
+names.remove("llava_collab.evaluation.lmms_eval.model")  # lmms-eval imports it, and it subclasses lmms-eval's model
 for name in names:
     importlib.import_module(name)
 print(len(names))

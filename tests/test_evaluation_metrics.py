@@ -74,6 +74,7 @@ def test_a_run_carries_the_versions_of_the_metrics_it_used() -> None:
 
 def test_every_metric_is_described_with_version_and_source() -> None:
     lines = describe().splitlines()
+    assert describe() in (Path(__file__).parent.parent / "docs/evaluation.md").read_text(encoding="utf-8")
     assert len(lines) == 2 + len(METRICS) and all(line.count(" | ") == 2 for line in lines)
     for name, metric in METRICS.items():
         assert name == metric.name and f"| `{name}` | {metric.version} | {metric.source} |" in lines
