@@ -2,8 +2,9 @@
 
     python eval/families.py --blind runs/blind --oracle runs/oracle --others runs/majority runs/ocr runs/hyper --out runs/families
 
-A family is valid if the blind guesser stays within chance + 5 and the oracle reaches 95. Families that are not valid are marked, and the
-exit status is 1. Folders are what eval/run.py wrote (`--model blind`, `--model oracle`, ...), all of the same samples.
+A family is valid if the oracle reaches 95 and the blind guesser stays within chance + 5, apart from sampling noise: the lower end of its
+95 % interval decides. Families that are not valid are marked, and the exit status is 1. Folders are what eval/run.py wrote (`--model blind`,
+`--model oracle`, ...), all of the same samples.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Args:
 def main(args: Args) -> list[str]:
     """Print and write the table; returns the families that are not valid. Raises RecordError and SuiteError."""
     runs = report.read_runs([args.blind, args.oracle, *args.others])
+    if bad := [run.label for run in runs if run.errors or len(run.rows) < run.asked or run.identity["items"] != runs[0].identity["items"]]:
+        raise RecordError(f"{', '.join(bad)}: errors, missing answers or other items; a family's mean would leave out what failed")
     split = str(runs[0].identity["split"])
     chance = {
         s.id: 100 / len(s.meta["choices"]) if s.meta.get("choices") else 0.0 for s in load_suite(args.suite).read(split, args.data_root)

@@ -17,6 +17,7 @@ from test_cmt_sources import make_assets
 
 from llava_collab.cmt import CATEGORIES, SPLITS, build_cmt, contact_sheet, write_shards
 from llava_collab.cmt import build as build_module
+from llava_collab.cmt import draw as draw_module
 from llava_collab.cmt.build import _pixels
 from llava_collab.cmt.families import BY_NAME
 from llava_collab.cmt.items import pool_of
@@ -70,11 +71,13 @@ def test_rows_are_well_formed_and_images_exist(built):
 
 
 def test_no_picture_is_shared_between_splits(built):
+    """By decoded pixels: file names hold the split's name anyway."""
     owners: dict[str, set[str]] = {}
-    for row in every_row(built):
-        for name in row["image"]:
-            owners.setdefault(name, set()).add(row["split"])
-    assert all(len(splits) == 1 for splits in owners.values())
+    for part in (built / "parts").glob("*.jsonl"):
+        for line in part.read_text(encoding="utf8").splitlines()[1:]:
+            for drawn in json.loads(line)["images"].values():
+                owners.setdefault(drawn["pixels"], set()).add(part.name.split("--")[0])
+    assert len(owners) > 100 and all(len(splits) == 1 for splits in owners.values())
 
 
 def test_train_shares_pictures_and_tests_do_not(built):
@@ -190,10 +193,29 @@ def test_the_content_hash_depends_on_the_items_alone(world, tmp_path):
     )
     hashes = [json.loads((folder / "manifest.json").read_text())["content_sha256"] for folder in (mine, tmp_path / "other" / "cmt")]
     assert hashes[0] == hashes[1]
-    image = sorted((mine / "images/test").rglob("*.webp"))[0]
+
+
+def test_the_content_hash_covers_pixels_and_lines(built, world, tmp_path, monkeypatch):
+    sizes = dict(train=0, val=0, test=14, decision=0, test_object=0, test_template=0)
+    manifest = json.loads((build_cmt(tmp_path / "a", **sizes, workers=1, world=world) / "manifest.json").read_text())
+    monkeypatch.setattr(draw_module, "LEAST_TEXT", draw_module.LEAST_TEXT + 30)
+    other = json.loads((build_cmt(tmp_path / "b", **sizes, workers=1, world=world) / "manifest.json").read_text())
+    assert other["splits"]["test"]["pixels_sha256"] != manifest["splits"]["test"]["pixels_sha256"]
+    assert other["content_sha256"] != manifest["content_sha256"]
+    lines = (tmp_path / "a" / "test.jsonl").read_bytes().split(b"\n")[:-1]
+    image = tmp_path / "a" / json.loads(lines[0])["image"][0]
     with Image.open(image) as opened:
         Image.eval(opened.convert("RGB"), lambda level: level ^ 1).save(image, lossless=True)
-    assert _pixels(io.BytesIO(image.read_bytes())) not in (mine / "parts").joinpath("test--caption.jsonl").read_text()
+    assert _pixels(io.BytesIO(image.read_bytes())) not in (tmp_path / "a" / "parts" / "test--vqa.jsonl").read_text()
+
+
+def test_a_part_cut_within_a_character_is_gone_on_with(built, world, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(built, copy)
+    part = copy / "parts" / "train--vqa.jsonl"
+    part.write_bytes(part.read_bytes() + '{"group": 9999, "rows": "château'.encode()[:-5])
+    build_cmt(copy, **SIZES, workers=1, world=world)
+    assert (copy / "train.jsonl").read_bytes() == (built / "train.jsonl").read_bytes()
 
 
 def test_a_changed_package_is_named(world, tmp_path, monkeypatch, caplog):

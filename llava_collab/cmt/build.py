@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL
-from PIL import Image
+from PIL import Image, features
 from tqdm import tqdm
 
 from llava_collab.cmt.families import BY_NAME, CATEGORIES, Category
@@ -113,23 +113,23 @@ class _Part:
         self.path = out / "parts" / f"{split}--{category.slug}.jsonl"
         self.groups: dict[int, list[dict[str, Any]]] = {}
         self.pixels: dict[str, str] = {}
-        lines = self.path.read_text(encoding="utf8").splitlines() if self.path.exists() else []
-        good = self._reuse(out, lines[1:]) if lines and lines[0] == json.dumps({"fingerprint": fingerprint}) else []
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        good = self._reuse(out, lines[1:]) if lines and lines[0] == json.dumps({"fingerprint": fingerprint}).encode() else []
         write_bytes(self.path, "".join(line + "\n" for line in [json.dumps({"fingerprint": fingerprint}), *good]).encode())
         self.handle = self.path.open("a", encoding="utf8")
 
-    def _reuse(self, out: Path, lines: list[str]) -> list[str]:
+    def _reuse(self, out: Path, lines: list[bytes]) -> list[str]:
         good = []
         for line in lines:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line during which an earlier build was stopped
+            except ValueError:
+                continue  # the line during which an earlier build was stopped, maybe within a character
             files = record["images"].items()
             if all((out / name).is_file() and (out / name).stat().st_size == drawn["bytes"] for name, drawn in files):
                 self.groups[record["group"]] = record["rows"]
                 self.pixels |= {name: drawn["pixels"] for name, drawn in files}
-                good.append(line)
+                good.append(line.decode())
         return good
 
     def add(self, group: int, images: Drawn, rows: list[dict[str, Any]]) -> None:
@@ -257,6 +257,7 @@ def _write_manifest(out: Path, world: World, summary: dict[str, Any]) -> None:
         "name": "CMT-open",
         "edition": VERSION,
         "content_sha256": _sha(json.dumps([[s, i["rows_sha256"], i["pixels_sha256"]] for s, i in summary.items()]).encode()),
+        "drawn_with": {"pillow": PIL.__version__, **{name: features.version(name) for name in ("webp", "freetype2")}},
         "image_size": SIZE,
         "licences": PACKAGES,
         "packages_sha256": world.packages,

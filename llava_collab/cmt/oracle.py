@@ -1,7 +1,8 @@
 """Answers from the truth of the pictures: rules that know what was drawn, and nothing of how the questions were made.
 
 `solve` gets a question's family and slots and what is known of each picture (`truth` of the items; or what an OCR engine read of it).
-It shares no code with the families, so that a question whose wording, slots and truth don't lead to its answer is found out.
+It shares no code with the families, so that slots and truth that don't lead to the stored answer are found out. It does not read the
+wording: whether a sentence asks what its slots mean is for people to judge.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ INDEX = "shards/index.json"
 def write_shards(out: Path, per_shard: int = 2_000) -> Path:
     """Write `out/shards/SPLIT-000000.tar` ... of the finished build in `out`, and `out/shards/index.json` with counts and hashes.
 
-    Shards that an earlier call wrote of the same items are kept. Raises FileNotFoundError without a build, ModuleNotFoundError without
+    Shards that an earlier call wrote of the same build are kept. Raises FileNotFoundError without a build, ModuleNotFoundError without
     webdataset.
     """
     manifest = read_json(out / "manifest.json")
