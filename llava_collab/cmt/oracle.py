@@ -155,7 +155,7 @@ def _tell(truths: Sequence[Truth], index: int) -> str:
 
 
 def _top(slots: Slots, truths: Sequence[Truth]) -> str:
-    best = max if slots["x"] in ("highest", "most") else min
+    best = max if slots["x"] in ("largest", "most") else min
     return best(truths[0]["rows"], key=lambda row: row[1])[0]
 
 

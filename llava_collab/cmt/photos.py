@@ -43,8 +43,10 @@ def first_words(text: str, limit: int = 40) -> str:
 
 def key_words(name: str, text: str, count: int = 6) -> tuple[str, ...]:
     """The checklist of a fact: its name and the first long words of its text, lower case, in order and without repeats."""
-    words = [word for word in re.findall(r"[a-z]{5,}", text.lower()) if word not in _STOP and word not in name.lower()]
-    return (name.lower(), *dict.fromkeys(words[:count]))
+    words = [
+        word for word in re.findall(r"\w+(?:['-]\w+)*", text.lower()) if len(word) > 4 and word not in _STOP and word not in name.lower()
+    ]
+    return (name.lower(), *list(dict.fromkeys(words))[:count])
 
 
 def view(image: Image.Image, rng: random.Random, size: int, *, train: bool) -> Image.Image:

@@ -8,6 +8,7 @@ Several references: the best one counts (except CIDEr-D, which averages, and sof
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from llava_collab.data.samples import Sample
 
 
+FALSE = "false"
+"""Kind of a checklist that holds what must not be said."""
+
+
 @dataclass(frozen=True)
 class Scored:
     """`score` 0..100; `metric` is what was computed; `scores` are further figures (0..100, lengths in words)."""
@@ -34,10 +39,11 @@ class Scored:
 
 @dataclass(frozen=True)
 class Context:
-    """What metrics know beyond the item: n-gram frequencies of the training captions, and every object name of the data set."""
+    """What metrics know beyond the item: n-gram frequencies of the training captions, every object name and every beat of the data set."""
 
     frequencies: DocumentFrequencies | None = None
     objects: tuple[tuple[str, ...], ...] = ()
+    beats: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
     def of(cls, train: Sequence[Sample], samples: Sequence[Sample], categories: Mapping[str, str]) -> Context:
@@ -47,7 +53,9 @@ class Context:
         captions = [references(sample) for sample in train if categories.get(sample.category) == "caption"]
         described = [sample for sample in (*train, *samples) if categories.get(sample.category) in ("description", "checklist")]
         objects = {key for sample in described for key in _object_keys(sample.meta)}
-        return cls(DocumentFrequencies.of(captions) if captions else None, tuple(sorted(objects)))
+        told = [sample for sample in (*train, *samples) if categories.get(sample.category) == "beats"]
+        beats = {phrase for sample in told for beat in _beats(sample.meta) for phrase in beat}
+        return cls(DocumentFrequencies.of(captions) if captions else None, tuple(sorted(objects)), tuple(sorted(beats)))
 
 
 @dataclass(frozen=True)
@@ -214,14 +222,22 @@ def description(output: str, sample: Sample, context: Context) -> Scored:
 
 
 def checklist(output: str, sample: Sample, context: Context) -> Scored:
-    """Recall of the checklist, times the share of the objects named that are there; ROUGE-L, both factors and length beside.
+    """(Phrases of the checklist held - phrases of its kind `false` held) / phrases of the checklist, at least 0, times the share of the
+    different objects named that are there; 0 where none of the sample's is named. ROUGE-L, recall by kind, CHAIR and length beside.
 
-    An object that a reference names is taken to be there, so that a reference has 100.
+    So neither a list of everything nor both sizes and all corners of a thing, nor a count without things, earns anything. An object that a
+    reference names is taken to be there, so that a reference has 100.
     """
     beside = {"words": float(len(output.split())), "rouge_l": rouge_l(output, references(sample)), **checklist_recall(output, sample.meta)}
-    present = {*_object_keys(sample.meta), *(name for text in references(sample) for name in find_phrases(text, context.objects))}
+    own = set(_object_keys(sample.meta))
+    present = own | {name for text in references(sample) for name in find_phrases(text, context.objects)}
     beside |= chair(output, present, context.objects)
-    return Scored(beside["checklist_recall"] * (1.0 - beside.get("chair_i", 0.0) / 100.0), "checklist", beside)
+    named = set(find_phrases(output, [*context.objects, *present]))
+    words, kinds = phrase_key(output), _checklist(sample.meta)
+    wrong = sum(bool(_places(words, phrase)) for phrase in kinds.pop(FALSE, []))
+    held = [bool(_places(words, phrase)) for phrases in kinds.values() for phrase in phrases]
+    truth = len(named & present) / len(named) if named & own else 0.0
+    return Scored(100.0 * max(0, sum(held) - wrong) / len(held) * truth, "checklist", beside)
 
 
 def story(output: str, sample: Sample, context: Context) -> Scored:
@@ -232,12 +248,13 @@ def story(output: str, sample: Sample, context: Context) -> Scored:
 def beats(output: str, sample: Sample, context: Context) -> Scored:
     """Per cent of `meta["beats"]` that are told in order; those told at all, ROUGE-L and length beside.
 
-    A beat is told by one sentence that holds all its phrases, and a sentence tells one beat; the longest chain of beats and sentences,
-    both in order, counts.
+    A beat is told by one sentence that holds all its phrases and no phrase of the data set's other beats (those of the first beat, which
+    names who it is about, aside), and a sentence tells one beat; the longest chain of beats and sentences, both in order, counts.
     """
     wanted = _beats(sample.meta)
-    sentences = [phrase_key(sentence) for sentence in re.split(r"(?<=[.!?])\s+", output)]
-    told = [[all(_places(words, phrase) for phrase in beat) for words in sentences] for beat in wanted]
+    sentences = re.split(r"(?<=[.!?])\s+", output)
+    named = [(phrase_key(text), set(find_phrases(text, [*context.beats, *itertools.chain(*wanted)]))) for text in sentences]
+    told = [[all(_places(words, p) for p in beat) and found <= {*beat, *wanted[0]} for words, found in named] for beat in wanted]
     chain = [0] * (len(sentences) + 1)  # longest chain of the beats so far within the first n sentences
     for row in told:
         before = list(chain)
@@ -256,8 +273,9 @@ def checklist_recall(output: str, meta: Mapping[str, Any]) -> dict[str, float]:
     """
     words = phrase_key(output)
     found = {kind: [bool(_places(words, phrase)) for phrase in phrases] for kind, phrases in _checklist(meta).items()}
-    figures = {"checklist_recall": [hit for hits in found.values() for hit in hits]}
-    figures |= {f"checklist_{kind}_recall": hits for kind, hits in found.items() if kind}
+    figures = {"checklist_recall": [hit for kind, hits in found.items() if kind != FALSE for hit in hits]}
+    figures |= {f"checklist_{kind}_recall": hits for kind, hits in found.items() if kind not in ("", FALSE)}
+    figures |= {"checklist_false": found[FALSE]} if FALSE in found else {}
     return {name: 100.0 * sum(hits) / len(hits) for name, hits in figures.items() if hits}
 
 
@@ -398,7 +416,10 @@ METRICS = {
         ),
         Metric("story", "2", "ROUGE-L F (Lin 2004; rouge-score)", story),
         Metric(
-            "checklist", "1", "checklist recall (own) x share of the named objects that are there (1 - CHAIR_i); ROUGE-L beside", checklist
+            "checklist",
+            "1",
+            "(checklist held - falsehoods) x share of the named objects that are there (own); ROUGE-L, CHAIR beside",
+            checklist,
         ),
         Metric(
             "beats", "1", "share of the required beats that are told, one a sentence, in order (own); ROUGE-L and METEOR 1.5 beside", beats

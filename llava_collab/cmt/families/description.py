@@ -14,6 +14,7 @@ from llava_collab.cmt.phrases import with_article
 from llava_collab.cmt.scenes import Placed
 
 _WEIGHTS = {"inventory": 0.45, "inventory_part": 0.15, "fact": 0.3, "photo_name": 0.1}
+_CORNERS = tuple(f"{row} {column}" for row in scenes.VERTICAL for column in scenes.HORIZONTAL)
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 
@@ -44,11 +45,23 @@ def _inventory(pool: Pool, rng: random.Random, families: list[str]) -> Group:
                 "attributes": tuple(_sized(one) for one in placed),
                 "relations": (*(f"{one.thing.name} is at the {one.corner}" for one in placed), relation),
                 "counts": (count,),
+                "false": (
+                    *(f"{number} objects" for number in _NUMBERS.values() if number != _NUMBERS[len(placed)]),
+                    *(f"{'small' if one.large else 'large'} {one.thing.name}" for one in placed),
+                    *(f"{one.thing.name} is at the {corner}" for one in placed for corner in _CORNERS if corner != one.corner),
+                ),
             }
         else:
             target = rng.choice(placed)
             asked = pool.ask(rng, family, x=target.corner)
-            answer, checklist = f"A {_sized(target)}.", {"objects": (target.thing.name,), "attributes": (_sized(target),)}
+            answer, checklist = (
+                f"A {_sized(target)}.",
+                {
+                    "objects": (target.thing.name,),
+                    "attributes": (_sized(target),),
+                    "false": (f"{'small' if target.large else 'large'} {target.thing.name}",),
+                },
+            )
         questions.append(Question(asked, (answer,), scene.names, checklist=checklist))
     return Group((scene.image,), tuple(questions), (scene.truth,))
 

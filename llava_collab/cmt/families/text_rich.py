@@ -11,12 +11,14 @@ from llava_collab.cmt import draw
 from llava_collab.cmt.items import SIZE, Group, Pool, Question
 
 LEADS = {
-    **{"chart_top": 0.2, "chart_value": 0.14, "chart_compare": 0.16, "chart_count": 0.08},
+    **{"chart_top": 0.24, "chart_value": 0.12, "chart_compare": 0.16, "chart_count": 0.08},
     **{"receipt_price": 0.14, "receipt_total": 0.1, "receipt_top": 0.12, "receipt_count": 0.06},
 }
-_CHART_EXTRAS = ("chart_top", "chart_compare", "chart_value")
+_CHART_EXTRAS = ("chart_compare", "chart_value", "chart_count")
+_LARGE_TABLE = 6  # rows; of three carmakers everybody knows which has the strongest cars
 _RECEIPT_EXTRAS = ("receipt_price", "receipt_top", "receipt_total")
 _BARS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17808f")
+_EXTREMES = ("largest", "smallest")
 _INK = "#111111"
 Row = tuple[str, int]  # label, value; of receipts in cents
 
@@ -28,10 +30,11 @@ def make(pool: Pool, rng: random.Random, count: int) -> Group:
     extras = [family for family in (_CHART_EXTRAS if chart else _RECEIPT_EXTRAS) if family != lead]
     families = [lead, *extras][:count]
     if chart:
-        rows, title = _chart_rows(pool, rng, 5 if lead == "chart_count" else 3)
+        top = rng.choice(_EXTREMES) if lead == "chart_top" else ""
+        rows, title = _top_rows(pool, rng, top) if top else _chart_rows(pool, rng, 5 if lead == "chart_count" else 3)
         narrow = len(rows) <= 4 and max(len(label) for label, _ in rows) <= 5  # so that print below the bars stays apart
         drawn = (_vertical if narrow and rng.random() < 0.5 else _horizontal)(pool, rng, rows, title)
-        questions = tuple(_chart_question(pool, rng, rows, family) for family in families)
+        questions = tuple(_chart_question(pool, rng, rows, family, top) for family in families)
     else:
         rows = _receipt_rows(pool, rng)
         drawn = _receipt(pool, rng, rows)
@@ -55,6 +58,21 @@ class _Page:
     def write(self, at: tuple[float, float], text: str, font: draw.Font, anchor: str) -> None:
         self.pen.text(at, text, font=font, fill=_INK, anchor=anchor)
         self.text.append([text, round(font.size)])
+
+
+def _top_rows(pool: Pool, rng: random.Random, word: str) -> tuple[list[Row], str]:
+    """3-5 rows of a large table around a random row that is clearly the `word` one of them: a name alone does not tell."""
+    tables = [table for table in pool.tables if len(table.values) >= _LARGE_TABLE]
+    family = rng.choice(sorted({table.family for table in tables}))
+    table = rng.choice([table for table in tables if table.family == family])
+    target = rng.choice(table.values)
+    gap = max(1.0, 0.06 * target[1])
+    others = [row for row in table.values if (target[1] - row[1] if word == "largest" else row[1] - target[1]) >= gap]
+    if len(others) < 2:  # the other end of the table: another row, so that every row but these is asked for alike
+        return _top_rows(pool, rng, word)
+    rows = [target, *rng.sample(others, min(rng.randint(2, 4), len(others)))]
+    rng.shuffle(rows)
+    return rows, table.title
 
 
 def _chart_rows(pool: Pool, rng: random.Random, least: int) -> tuple[list[Row], str]:
@@ -109,12 +127,11 @@ def _ordinal(place: int, rows: list[Row]) -> str:
     return "last" if place == len(rows) - 1 else ("first", "second", "third", "fourth")[place]
 
 
-def _chart_question(pool: Pool, rng: random.Random, rows: list[Row], family: str) -> Question:
+def _chart_question(pool: Pool, rng: random.Random, rows: list[Row], family: str, top: str) -> Question:
     labels = tuple(label for label, _ in rows)
     if family == "chart_top":
-        word = rng.choice(("highest", "lowest"))
-        answer = (max if word == "highest" else min)(rows, key=lambda row: row[1])[0]
-        asked = pool.ask(rng, family, x=word)
+        answer = (max if top == "largest" else min)(rows, key=lambda row: row[1])[0]
+        asked = pool.ask(rng, family, x=top)
         return Question(asked, (answer,), labels, choices=labels)
     if family == "chart_value":
         place = rng.randrange(len(rows))
