@@ -189,6 +189,32 @@ def test_a_saved_dataset_is_read_and_its_pictures_unpacked_once(home, tmp_path):
         build(home, tmp_path / "out")
 
 
+def save_paths(home: Path, images: list[str | None], answers: list[Any]) -> None:
+    """A saved dataset whose pictures are paths, and its entry in sources.yaml."""
+    datasets = pytest.importorskip("datasets", reason="reading saved datasets needs datasets: pip install 'llava_collab[public]'")
+    columns = {"image": images, "question": ["What?"] * len(images), "answers": answers}
+    datasets.Dataset.from_dict(columns).save_to_disk(str(home / "chartqa"))
+    entry = {"name": "chartqa", "format": "datasets", "path": "chartqa", "images": "pictures", "category": "Text-Rich Images QA"}
+    put(home, "sources.yaml", {"sources": [entry]})
+
+
+def test_equal_names_in_two_folders_are_two_entries(home, tmp_path):
+    images = ["train/1.png", "val/1.png"]
+    for seed, image in enumerate(images):
+        picture(home / "pictures" / image, seed)
+    save_paths(home, images, [["4"], ["4"]])
+    assert sorted(row["image"][0] for row in all_rows(home, tmp_path / "out").values()) == [f"images/pictures/{image}" for image in images]
+
+
+def test_of_entries_said_twice_the_first_is_written(home, tmp_path):
+    """What a LLaVA record holds besides its turns is not in its id."""
+    coco(home, 1)
+    records = [llava_record("1", "000000000001.jpg") | {"choices": [name]} for name in ("first", "second")]
+    put(home, "llava/detail_23k.json", records)
+    manifest, rows = build(home, tmp_path / "out", test=0)
+    assert [row["choices"] for row in rows["train"].values()] == [["first"]] and manifest["sources"][0]["skipped"] == {"duplicate": 1}
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------------------
 
 

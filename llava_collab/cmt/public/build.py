@@ -218,8 +218,8 @@ def _write(out: Path, parts: Sequence[Part], choice: Choice, seed: int) -> dict[
         for entry in _entries(part, "writing"):
             rank = rank_of(seed, part.source.name, entry.id)
             split = "test" if rank in choice.test else "train"
-            if rank in choice.test or rank in choice.train:
-                rows[split][rank] = entry.row(part.source.name, split)
+            if (rank in choice.test or rank in choice.train) and all(map(part.place.exists, entry.images)):
+                rows[split].setdefault(rank, entry.row(part.source.name, split))  # the entry that was chosen: a later one is a duplicate
     return {split: _write_split(out / f"{split}.jsonl", [rows[split][rank] for rank in sorted(rows[split])]) for split in rows}
 
 

@@ -233,7 +233,7 @@ def datasets(part: Part) -> Iterator[Entry]:
         image = row["image"]
         image = image if row["unpacked"] else part.place.first(str(PurePosixPath(part.source.images) / image))
         question = _question(row[columns["question"]])
-        name = f"{PurePosixPath(image).stem}-{_digest(question, answers)}"
+        name = f"{PurePosixPath(image).stem}-{_digest(image, question, answers)}"
         return replace(_asked(part, name, image, question, answers), held=row["held"])
 
     return part.each(part.paths[0], saved_dataset(part), make)
