@@ -285,6 +285,25 @@ def test_broken_pictures_are_counted_and_paths_stay_below_the_sources(home, tmp_
         build(home, tmp_path / "out")
 
 
+@pytest.mark.parametrize("place", ["id", "value", "choices"])
+def test_half_a_surrogate_pair_is_left_out_and_counted(home, tmp_path, place):
+    coco(home, 1, 2)
+    bad = llava_record("1", "000000000001.jpg") | {"choices": ["x"]}
+    half = json.loads(r'"cut \ud83d"')
+    match place:
+        case "id":
+            bad["id"] = half
+        case "value":
+            bad["conversations"][1]["value"] = half
+        case _:
+            bad["choices"] = [half]
+    put(home, "llava/detail_23k.json", [bad, llava_record("2", "000000000002.jpg")])
+    manifest, rows = build(home, tmp_path / "out", test=0)
+    assert [row["image"] for row in rows["train"].values()] == [["images/coco/train2017/000000000002.jpg"]]
+    assert manifest["sources"][0]["skipped"] == {"not_utf8": 1}
+    assert manifest["sources"][0]["examples"] == {"not_utf8": ["detail_23k.json, entry 1"]}
+
+
 def test_the_verb_builds_and_says_errors_in_one_line(home, tmp_path, capsys):
     coco(home, *range(1, 11))
     vqav2(home, [(n, n) for n in range(1, 11)])

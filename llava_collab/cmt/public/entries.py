@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -44,6 +45,14 @@ class Entry:
     held: bool
     together: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def check_unicode(self) -> None:
+        """Raises Skip for half a surrogate pair, which JSON can spell (a text cut inside an emoji) and no UTF-8 file can hold."""
+        said = [self.id, self.images, self.turns, self.answers, self.extra]
+        try:
+            json.dumps(said, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise Skip("not_utf8") from error
 
     def row(self, source: str, split: str) -> dict[str, Any]:
         """The line of CMT-public, in the form of CMT-open."""
@@ -127,6 +136,7 @@ class Part:
             where = f"{path.name}, entry {number}"
             try:
                 made = make(entry)
+                made.check_unicode()
             except Skip as skip:
                 self.skip(str(skip), where)
             except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
