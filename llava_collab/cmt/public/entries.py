@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = 3
 IMAGES = "images"  # in the built folder, a link to the folder of the sources
 _COCO_2014 = re.compile(r"COCO_(?:train|val|test)\d{4}_(\d{12})")
+_WRONG = (KeyError, TypeError, IndexError, AttributeError, ValueError)  # what an entry of another form raises
 _VISUAL_GENOME = {"gqa", "vg", "VG_100K", "VG_100K_2", "visual_genome"}
 
 
@@ -129,7 +130,7 @@ class Part:
         if len(named) < EXAMPLES:
             named.append(where)
 
-    def each(self, path: Path, entries: Iterator[Any], make: Callable[[Any], Entry]) -> Iterator[Entry]:
+    def each(self, path: Path, entries: Iterable[Any], make: Callable[[Any], Entry]) -> Iterator[Entry]:
         """`make` of every entry of a file. Raises SourceError at the first one that hasn't the published form."""
         number = 0
         for number, entry in enumerate(entries, start=1):
@@ -139,12 +140,26 @@ class Part:
                 made.check_unicode()
             except Skip as skip:
                 self.skip(str(skip), where)
-            except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-                raise SourceError(f"{path}, entry {number}: {_said(error)}; {self.source.cure()}") from error
+            except _WRONG as error:
+                raise self._refused(path, number, error) from error
             else:
                 yield made
         if not number:
             raise SourceError(f"{path}: no entries found; {self.source.cure()}")
+
+    def collect(self, path: Path, prefix: str, take: Callable[[Any], object]) -> None:
+        """`take` every entry (see `stream`) of a file that is joined with another, or whose entries are grouped.
+
+        Raises SourceError at the first one that hasn't the published form.
+        """
+        for number, entry in enumerate(stream(path, prefix), start=1):
+            try:
+                take(entry)
+            except _WRONG as error:
+                raise self._refused(path, number, error) from error
+
+    def _refused(self, path: Path, number: int, error: Exception) -> SourceError:
+        return SourceError(f"{path}, entry {number}: {_said(error)}; {self.source.cure()}")
 
 
 def _said(error: Exception) -> str:
