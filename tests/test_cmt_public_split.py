@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
+import PIL
 import pytest
 import yaml
 from PIL import Image
@@ -90,14 +92,27 @@ def test_hashing_goes_on_where_it_stopped(tmp_path, monkeypatch):
     first = hash_pictures(tmp_path, [*names, "broken.png"], 1)
     assert first["broken.png"] == "truncated_image" and len({*first.values()}) == 7
     cache = tmp_path / CACHE
-    lines = cache.read_text().splitlines(keepends=True)
-    cache.write_text("".join(lines[:4]) + lines[4][:9])  # stopped while it wrote the fifth
+    made_by, *lines = cache.read_text().splitlines(keepends=True)
+    cache.write_text(made_by + "".join(lines[:4]) + lines[4][:9])  # stopped while it wrote the fifth
     seen = []
     monkeypatch.setattr("llava_collab.cmt.public.duplicates._work", lambda task: (seen.append(task[1]), (task[1], first[task[1]]))[1])
     assert hash_pictures(tmp_path, [*names, "broken.png"], 1) == first and len(seen) == 3
     picture(tmp_path / names[0], 99)  # another picture under the same name
     hash_pictures(tmp_path, names, 1)
     assert seen[3:] == [names[0]]
+    for content in (cache.read_text().replace(PIL.__version__, "1.0", 1), ""):  # another decoder's hashes; a cache without any line
+        cache.write_text(content)
+        seen.clear()
+        hash_pictures(tmp_path, names, 1)
+        assert seen == names
+
+
+def test_what_could_not_be_read_once_is_read_again(tmp_path, monkeypatch):
+    name = picture(tmp_path / "a.png", 0).name
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.Image.open", Mock(side_effect=OSError(5, "Input/output error")))
+        assert hash_pictures(tmp_path, [name], 1) == {name: "truncated_image"}
+    assert isinstance(hash_pictures(tmp_path, [name], 1)[name], int)
 
 
 # --- splits and quotas ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -130,7 +130,7 @@ class Part:
         if len(named) < EXAMPLES:
             named.append(where)
 
-    def each(self, path: Path, entries: Iterable[Any], make: Callable[[Any], Entry]) -> Iterator[Entry]:
+    def each(self, path: Path, entries: Iterator[Any], make: Callable[[Any], Entry]) -> Iterator[Entry]:
         """`make` of every entry of a file. Raises SourceError at the first one that hasn't the published form."""
         number = 0
         for number, entry in enumerate(entries, start=1):
