@@ -12,14 +12,14 @@ import PIL
 import pytest
 import yaml
 from PIL import Image
-from public_files import Rows, build, coco, llava_record, picture, put, vqav2
+from public_files import Rows, build, coco, die, llava_record, picture, put, vqav2
 from running import ROOT, run_apart
 
 from llava_collab.cmt.families import CATEGORIES
 from llava_collab.cmt.public.card import summary
 from llava_collab.cmt.public.choose import apportion
 from llava_collab.cmt.public.duplicates import CACHE, DISTANCE, NearIndex, hash_pictures, perceptual_hash
-from llava_collab.cmt.public.entries import picture_key
+from llava_collab.cmt.public.entries import SourceError, picture_key
 from llava_collab.data.real import REAL_SETS, ROOT_VARIABLE, real_root
 from llava_collab.data.samples import iter_records
 from llava_collab.evaluation.suite import load_suite
@@ -105,6 +105,15 @@ def test_hashing_goes_on_where_it_stopped(tmp_path, monkeypatch):
         seen.clear()
         hash_pictures(tmp_path, names, 1)
         assert seen == names
+
+
+def test_a_killed_worker_is_an_error_and_no_wait(tmp_path, monkeypatch):
+    names = [f"{n}.png" for n in range(64)]  # fewer are hashed without processes
+    for name in names:
+        (tmp_path / name).touch()
+    monkeypatch.setattr("llava_collab.cmt.public.duplicates._work", die)
+    with pytest.raises(SourceError, match="killed.*run again with --workers 1"):
+        hash_pictures(tmp_path, names, 2)
 
 
 def test_what_could_not_be_read_once_is_read_again(tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ import PIL
 from PIL import Image
 from tqdm import tqdm
 
+from llava_collab.cmt.public.entries import SourceError
 from llava_collab.data.conversation import SampleError
 from llava_collab.data.images import load_image, resolve_image
 from llava_collab.files import write_text
@@ -45,6 +48,7 @@ def hash_pictures(out: Path, images: Iterable[str], workers: int) -> dict[str, i
 
     A picture that is unchanged since its hash went into the cache isn't read again. What could not be read isn't cached: the cause may
     be a disk that was away for a moment. Another hash or another Pillow starts the cache anew.
+    Raises SourceError where a worker was killed.
     """
     known = _read_cache(out / CACHE)
     stamps = {image: _stamp(out / image) for image in images}
@@ -94,8 +98,14 @@ def _run(tasks: list[tuple[Path, str]], workers: int) -> Iterator[tuple[str, int
     if workers == 1 or len(tasks) < 64:  # starting processes takes longer
         yield from map(_work, tasks)
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:  # not forked: the caller may hold threads (torch does)
-        yield from pool.imap_unordered(_work, tasks, chunksize=16)
+    spawn = multiprocessing.get_context("spawn")  # not forked: the caller may hold threads (torch does)
+    try:
+        with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+            yield from pool.map(_work, tasks, chunksize=16)
+    except BrokenProcessPool as error:
+        raise SourceError(
+            "a process that hashed pictures was killed, most often for want of memory; what it hashed is kept, run again with --workers 1"
+        ) from error
 
 
 class NearIndex:
