@@ -78,6 +78,11 @@ def test_the_index_finds_what_comparing_all_pairs_finds():
         ("images/gqa/images/77.jpg", "images/coco/val2017/000000000042.jpg", True),
         ("images/textvqa/train_images/0054c91397f2fe05.jpg", "images/textcaps/0054c91397f2fe05.png", True),
         ("images/gqa/images/1.jpg", "images/chartqa/1.png", False),
+        ("images/chartqa/train/png/1.png", "images/chartqa/val/png/1.png", False),
+        ("images/scienceqa/1/image.png", "images/scienceqa/2/image.png", False),
+        ("images/chartqa/png/1.png", "images/chartqa/png/1.jpg", True),
+        ("images/vist/images/train/695160.jpg", "images/vist/images/test/695160.jpg", True),
+        ("images/coco/train2017/42.jpg", "images/coco/val2014/42.jpg", True),
         ("images/coco/train2017/000000001234.jpg", "images/coco/train2017/000000001235.jpg", False),
     ],
 )

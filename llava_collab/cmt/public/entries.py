@@ -21,6 +21,11 @@ _COCO_2014 = re.compile(r"COCO_(?:train|val|test)\d{4}_(\d{12})")
 _WRONG = (KeyError, TypeError, IndexError, AttributeError, ValueError)  # what an entry of another form raises
 _VISUAL_GENOME = {"gqa", "vg", "VG_100K", "VG_100K_2", "visual_genome"}
 
+# Folders that share one numbering: a number is one picture in all of them.
+_ONE_NUMBERING = {f"{IMAGES}/coco/{split}{year}": "coco" for split in ("train", "val") for year in (2014, 2017)} | {
+    f"{IMAGES}/vist/images/{split}": "vist" for split in ("train", "val", "test")
+}
+
 
 class SourceError(ValueError):
     """A source that can't be read as published; the message names file, entry and cure."""
@@ -198,9 +203,9 @@ def texts(values: Any, reason: str = "empty_answer") -> tuple[str, ...]:
 
 
 def picture_key(image: str, coco_of: Mapping[str, str]) -> str:
-    """What makes two paths the same picture: the stem where it is an id by itself (8 characters or more), else folder and stem.
+    """What makes two paths the same picture: the stem where it is an id by itself (8 characters or more), else whole folder and stem.
 
-    COCO's prefix of 2014 goes, and a Visual Genome number becomes the COCO number that `coco_of` knows for it. Two pictures that share
+    The folders of COCO count as one, and so do those of VIST and of Visual Genome. COCO's prefix of 2014 goes, and a Visual Genome number becomes the COCO number that `coco_of` knows for it. Two pictures that share
     a long stem by chance are taken for one, which costs at most a test item.
     """
     path = PurePosixPath(image)
@@ -210,4 +215,5 @@ def picture_key(image: str, coco_of: Mapping[str, str]) -> str:
         return stem
     if _VISUAL_GENOME.intersection(path.parts[:-1]):
         return coco_of.get(stem, f"vg/{stem}")
-    return f"{path.parts[1] if len(path.parts) > 2 else ''}/{stem}"
+    folder = str(path.parent)
+    return f"{_ONE_NUMBERING.get(folder, folder)}/{stem}"
