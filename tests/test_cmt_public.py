@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from llava_collab.cmt.public.card import summary
 from llava_collab.cmt.public.entries import SourceError
 from llava_collab.cmt.public.readers import SHORT
 from llava_collab.data.samples import read_samples
+from llava_collab.files import write_chunks
 
 pytest.importorskip("ijson", reason="reading annotation files needs ijson: pip install 'llava_collab[public]'")
 
@@ -214,6 +217,23 @@ def test_of_entries_said_twice_the_first_is_written(home, tmp_path):
     put(home, "llava/detail_23k.json", records)
     manifest, rows = build(home, tmp_path / "out", test=0)
     assert [row["choices"] for row in rows["train"].values()] == [["first"]] and manifest["sources"][0]["skipped"] == {"duplicate": 1}
+
+
+def test_the_manifest_has_the_digest_of_the_rows_and_a_stopped_write_leaves_the_old_file(home, tmp_path):
+    coco(home, 1)
+    vqav2(home, [(1, 1), (2, 1)])
+    manifest, _ = build(home, tmp_path / "out", test=0)
+    train = tmp_path / "out/train.jsonl"
+    assert manifest["splits"]["train"]["sha256"] == hashlib.sha256(train.read_bytes()).hexdigest()
+    before = sorted(train.parent.iterdir()), train.read_bytes()
+
+    def chunks() -> Iterator[bytes]:
+        yield b"half"
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_chunks(train, chunks())
+    assert (sorted(train.parent.iterdir()), train.read_bytes()) == before
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------------------

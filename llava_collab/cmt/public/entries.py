@@ -205,8 +205,9 @@ def texts(values: Any, reason: str = "empty_answer") -> tuple[str, ...]:
 def picture_key(image: str, coco_of: Mapping[str, str]) -> str:
     """What makes two paths the same picture: the stem where it is an id by itself (8 characters or more), else whole folder and stem.
 
-    The folders of COCO count as one, and so do those of VIST and of Visual Genome. COCO's prefix of 2014 goes, and a Visual Genome number becomes the COCO number that `coco_of` knows for it. Two pictures that share
-    a long stem by chance are taken for one, which costs at most a test item.
+    The folders of COCO count as one, and so do those of VIST and of Visual Genome. COCO's prefix of 2014 goes, and a Visual Genome
+    number becomes the COCO number that `coco_of` knows for it. Two pictures that share a long stem by chance are taken for one, which
+    costs at most a test item.
     """
     path = PurePosixPath(image)
     match = _COCO_2014.fullmatch(path.stem)
