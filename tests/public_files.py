@@ -59,7 +59,8 @@ def vqav2(folder: Path, items: list[tuple[int, int]], split: str = "train2014") 
 
 
 def build(folder: Path, out: Path, **sizes: Any) -> tuple[dict[str, Any], dict[str, Rows]]:
-    manifest = build_public(folder, out, **{"workers": 1, "train": 10_000, "test": 70} | sizes)
+    options: dict[str, Any] = {"workers": 1, "train": 10_000, "test": 70} | sizes
+    manifest = build_public(folder, out, **options)
     return manifest, {split: {row["id"]: row for row in map(json.loads, (out / f"{split}.jsonl").open())} for split in ("train", "test")}
 
 

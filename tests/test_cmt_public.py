@@ -352,7 +352,7 @@ def test_a_wrong_entry_of_a_file_that_is_joined_names_file_and_entry(home, tmp_p
 @pytest.mark.parametrize("place", ["id", "value", "choices"])
 def test_half_a_surrogate_pair_is_left_out_and_counted(home, tmp_path, place):
     coco(home, 1, 2)
-    bad = llava_record("1", "000000000001.jpg") | {"choices": ["x"]}
+    bad: dict[str, Any] = llava_record("1", "000000000001.jpg") | {"choices": ["x"]}
     half = json.loads(r'"cut \ud83d"')
     match place:
         case "id":

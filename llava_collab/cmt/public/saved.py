@@ -35,7 +35,7 @@ def saved_rows(part: Part) -> Iterator[tuple[dict[str, Any], bool]]:
             table = table.cast_column(columns["image"], library.Image(decode=False))
         held = part.held or name not in ("", "train")
         for row in table.select_columns(sorted(set(columns.values()))):
-            yield row, held
+            yield dict(row), held
 
 
 def unpack(part: Part, picture: dict[str, Any]) -> str:
