@@ -134,7 +134,7 @@ class Client:
             return "(no text)"
 
     def _hidden(self, content: bytes) -> str:
-        """What a server said, as it may be shown and kept: some servers repeat the key in an error. Cut after this: half a key is no match."""
+        """What a server said, as it may be shown and kept: some servers repeat the key in an error. To be cut after this, not before."""
         text = content.decode("utf-8", "replace").strip()
         return text.replace(self._key, f"[{KEY}]") if self._key else text
 
