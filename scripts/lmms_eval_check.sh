@@ -7,6 +7,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 model=${1:-checkpoints/hyperllava-smol}
+if [ -n "${OUT:-}" ] && [ -e "$OUT/lmms" ]; then
+  echo "error: $OUT/lmms is there from an earlier run; remove it, or name another folder in OUT" >&2
+  exit 1
+fi
 if [ ! -e data/cmt-open/test.jsonl ]; then
   echo "error: data/cmt-open/test.jsonl is not there; build it: llava-collab data build cmt-open --out data/cmt-open" >&2
   exit 1

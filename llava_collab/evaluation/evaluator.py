@@ -69,7 +69,9 @@ def evaluate(
     """
     _check(samples, scorer, max_new_tokens)
     ranks = ranks or Ranks()
-    layout = list(batches(samples, max_new_tokens, batch_size))
+    by_id = {sample.id: sample for sample in samples}
+    requests = [sample.request(max_new_tokens[sample.category]) for sample in samples]
+    layout = [[by_id[request.id] for request in batch] for batch in batches(requests, batch_size)]
     ids = [[sample.id for sample in batch] for batch in layout]
     # Before the folder is held, since it reads every picture.
     about = run_identity(model, samples, scorer, max_new_tokens, split, identity or {}) if ranks.first else {}
@@ -134,19 +136,18 @@ def _check(samples: Sequence[Sample], scorer: Scorer, max_new_tokens: Mapping[st
     scorer.check(samples)
 
 
-def batches(samples: Sequence[Sample], max_new_tokens: Mapping[str, int], batch_size: int) -> Iterator[list[Sample]]:
-    """Questions of equal token limit and image count and similar length, the same whatever the order of the samples."""
+def batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Request]]:
+    """Questions of equal token limit and image count and similar length, the same whatever the order of the requests."""
 
-    def key(sample: Sample) -> tuple[int, int, int, str]:
-        length = sum(len(turn.text) for turn in sample.request().turns)
-        return max_new_tokens[sample.category], len(sample.images), length, sample.id
+    def key(request: Request) -> tuple[int, int, int, str]:
+        return request.max_new_tokens, len(request.images), sum(len(turn.text) for turn in request.turns), request.id
 
-    batch: list[Sample] = []
-    for sample in sorted(samples, key=key):
-        if batch and (len(batch) == batch_size or key(sample)[:2] != key(batch[0])[:2]):
+    batch: list[Request] = []
+    for request in sorted(requests, key=key):
+        if batch and (len(batch) == batch_size or key(request)[:2] != key(batch[0])[:2]):
             yield batch
             batch = []
-        batch.append(sample)
+        batch.append(request)
     if batch:
         yield batch
 
