@@ -124,7 +124,7 @@ def measure(args: Args) -> tuple[dict[str, Agreement], float, float]:
     model = Single(*load(args.model, dtype=torch.float32), args.model.name)
     samples = mixed(suite.read("test", args.data_root), args.items)
     requests = {sample.id: sample.request(suite.max_new_tokens[sample.category]) for sample in samples}
-    ways = {n: [[requests[s.id] for s in batch] for batch in batches(samples, suite.max_new_tokens, n)] for n in (args.batch_size, 1)}
+    ways = {n: list(batches(list(requests.values()), n)) for n in (args.batch_size, 1)}
     ask(model, ways[args.batch_size][0])  # the first batch of a process is slow
     wall: dict[int, float] = dict.fromkeys(ways, math.inf)
     cpu: dict[int, float] = dict.fromkeys(ways, math.inf)

@@ -2,9 +2,9 @@
 
     python eval/families.py --blind runs/blind --oracle runs/oracle --others runs/majority runs/ocr runs/hyper --out runs/families
 
-A family is valid if the oracle reaches 95 and the blind guesser stays within chance + 5, apart from sampling noise: the lower end of its
-95 % interval decides. Families that are not valid are marked, and the exit status is 1. Folders are what eval/run.py wrote (`--model blind`,
-`--model oracle`, ...), all of the same samples.
+A family is valid if the oracle reaches 95 and the blind guesser stays within chance + 5, apart from sampling noise: the lower end of
+its 95 % interval decides. Families that are not valid are marked, and the exit status is 1. Folders are what eval/run.py wrote (`--model
+blind`, `--model oracle`, ...), all of the same samples.
 """
 
 from __future__ import annotations

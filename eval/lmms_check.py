@@ -19,8 +19,8 @@ import tyro
 
 from llava_collab.data.samples import Sample, iter_records
 from llava_collab.evaluation.evaluator import evaluate
-from llava_collab.evaluation.records import RecordError, model_sha256, read_rows
-from llava_collab.evaluation.suite import load_suite
+from llava_collab.evaluation.records import RecordError, Row, model_sha256, read_rows
+from llava_collab.evaluation.suite import SuiteError, load_suite
 from llava_collab.types import Single
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,8 +54,16 @@ def read_logs(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return logs
 
 
+def answered(rows: list[Row]) -> dict[str, Row]:
+    """Our rows by sample id. Raises RecordError where some have no answer: lmms-eval has none such, so nothing can be compared."""
+    if failed := [row for row in rows if row["status"] != "ok"]:
+        ids = ", ".join(row["sample_id"] for row in failed)
+        raise RecordError(f"{len(failed)} of {len(rows)} samples have no answer of ours: {ids}; the first: {failed[0]['error']}")
+    return {row["sample_id"]: row for row in rows}
+
+
 def main(args: Args) -> float:
-    """Largest difference of a category's score. Raises RecordError."""
+    """Largest difference of a category's score. Raises RecordError, SuiteError, ValueError or FileNotFoundError with the cure."""
     import torch
 
     from llava_collab.models.build import load
@@ -74,9 +82,9 @@ def main(args: Args) -> float:
         scorer=suite.scorer(suite.read("train", data), everything),
         max_new_tokens=suite.max_new_tokens,
         batch_size=args.batch_size,
-        identity={"model_sha256": model_sha256(args.model)},
+        identity={"model_sha256": model_sha256(args.model), "dtype": "float32"},
     )
-    ours = {row["sample_id"]: row for row in read_rows(args.out)}
+    ours = answered(read_rows(args.out))
     differences = []
     for task, rows in logs.items():
         ids = [by_task[task][row["doc_id"]].id for row in rows]
@@ -91,7 +99,7 @@ def main(args: Args) -> float:
 if __name__ == "__main__":
     try:
         difference = main(tyro.cli(Args, description=__doc__))
-    except RecordError as error:
+    except (RecordError, SuiteError, ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     if difference > 1e-3:
         sys.exit(f"error: scores differ by {difference:.4f}")

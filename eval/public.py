@@ -11,12 +11,13 @@ want its key (see lmms-eval). lmms-eval: an environment as scripts/lmms_eval_che
 from __future__ import annotations
 
 import importlib.util
+import math
 import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
@@ -71,7 +72,7 @@ def load_benchmarks(path: Path = SUITE) -> tuple[list[str], list[Benchmark]]:
 
 @dataclass(frozen=True)
 class Run:
-    """Ask the benchmarks that have no results under --out yet, one lmms-eval process (group) each."""
+    """Ask the benchmarks that have no results of this model under --out yet, one lmms-eval process (group) each."""
 
     model: str
     """Model folder."""
@@ -81,12 +82,12 @@ class Run:
     """Processes, a GPU each."""
     batch_size: int = 16
     """Questions at once on each GPU."""
-    dtype: str = "bfloat16"
-    """Type of the weights: stored, float32, bfloat16 or float16."""
+    dtype: Literal["stored", "float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the weights; `stored`: that of the model's files."""
     benchmarks: tuple[str, ...] = ()
     """Only these (default: all of the suite)."""
     limit: int | None = None
-    """Only so many items of each; such results are marked as not comparable."""
+    """Only so many items of each; such results are marked as not comparable, and a run without it asks anew."""
     dry_run: bool = False
     """Print the commands and run nothing."""
 
@@ -96,7 +97,7 @@ class Run:
             raise SuiteError(f"no benchmark {sorted(unknown)}; there are {', '.join(b.name for b in known)}")
         failed = []
         for benchmark in [b for b in known if not self.benchmarks or b.name in self.benchmarks]:
-            if results_of(self.out, benchmark) is not None:
+            if self._measured(benchmark):
                 print(f"# {benchmark.name}: has results in {self.out / benchmark.name}", flush=True)
                 continue
             command = self._command(benchmark)
@@ -111,9 +112,25 @@ class Run:
             )
         return 1 if failed else 0
 
+    @property
+    def _model_args(self) -> str:
+        return f"pretrained={self.model},dtype={self.dtype}"
+
+    def _measured(self, benchmark: Benchmark) -> bool:
+        """Whether there are results of this model on all items, or on so many as --limit says. Raises SuiteError for another model's."""
+        found = results_of(self.out, benchmark)
+        if found is None:
+            return False
+        path, results = found
+        config = results.get("config", {})
+        if (there := config.get("model_args")) != self._model_args:
+            raise SuiteError(f"{path}: is of {there}, this run is of {self._model_args}; choose another --out, or remove this file")
+        return config.get("limit") in (None, self.limit)
+
     def _command(self, benchmark: Benchmark) -> list[str]:
-        launch = ["torchrun", "--standalone", "--nproc-per-node", str(self.gpus), "-m", "lmms_eval"] if self.gpus > 1 else ["lmms-eval"]
-        command = [*launch, "--model", "llava_collab", "--model_args", f"pretrained={self.model},dtype={self.dtype}"]
+        # By this Python: the programs of the PATH may be another environment's.
+        several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.gpus), "-m"] if self.gpus > 1 else []
+        command = [sys.executable, "-m", *several, "lmms_eval", "--model", "llava_collab", "--model_args", self._model_args]
         command += ["--tasks", benchmark.own_task, "--include_path", str(self.out / "tasks"), "--batch_size", str(self.batch_size)]
         command += ["--log_samples", "--output_path", str(self.out / benchmark.name)]
         return [*command, *(["--limit", str(self.limit)] if self.limit is not None else [])]
@@ -135,15 +152,22 @@ class Run:
         write_text(self.out / "tasks" / f"{benchmark.own_task}.yaml", text)
 
 
-def results_of(out: Path, benchmark: Benchmark) -> dict[str, Any] | None:
-    """lmms-eval's newest results file of a benchmark, or None. Raises SuiteError for a file without it."""
+def results_of(out: Path, benchmark: Benchmark) -> tuple[Path, dict[str, Any]] | None:
+    """lmms-eval's newest results file of a benchmark and what it holds, or None. Raises SuiteError for a file without the score."""
     files = sorted((out / benchmark.name).rglob("*_results.json"), key=lambda path: path.name)
     if not files:
         return None
     results = read_json(files[-1])
-    if f"{benchmark.metric},none" not in results.get("results", {}).get(benchmark.own_task, {}):
+    task = results.get("results", {}).get(benchmark.own_task, {})
+    if f"{benchmark.metric},none" not in task:
         raise SuiteError(f"{files[-1]}: has no {benchmark.metric!r} of task {benchmark.own_task!r}; remove this file and run again")
-    return results
+    score = task[f"{benchmark.metric},none"]
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        raise SuiteError(
+            f"{files[-1]}: {benchmark.metric!r} is {score!r}, no number; where a judge scores, lmms-eval wants its key in OPENAI_API_KEY "
+            f"(AZURE_API_KEY with API_TYPE=azure). Set it, remove this file and run again"
+        )
+    return files[-1], results
 
 
 def reasons(benchmark: Benchmark, results: dict[str, Any]) -> list[str]:
@@ -178,10 +202,11 @@ def table(runs: list[Path]) -> str:
     for benchmark in benchmarks:
         cells, why = [], []
         for out in runs:
-            results = results_of(out, benchmark)
-            if results is None:
+            found = results_of(out, benchmark)
+            if found is None:
                 cells.append("–")
                 continue
+            results = found[1]
             why += [reason for reason in reasons(benchmark, results) if reason not in why]
             score = results["results"][benchmark.own_task][f"{benchmark.metric},none"] * benchmark.scale
             cells.append(f"{score:.1f}" + "*" * bool(reasons(benchmark, results)))

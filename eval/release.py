@@ -271,7 +271,8 @@ model, processor = load("checkpoints/{name}")
 
 - **Base**: {base}, verified by sha256 when it is loaded. It needs `llava-collab assets --bases smollm2-135m-l4-v8k efficientnet-lite0
   dinov2-s` once.
-- **Data**: CMT-open, {samples:,} samples drawn from its training split (question families: {families}), and nothing else.
+- **Data**: CMT-open, first edition (generator 1.0), {samples:,} samples drawn from its training split (question families:
+  {families}), and nothing else.
 - **Training**: {recipe}; seed {seed}, {steps} steps of {batch}, loss over the last 50 steps {loss:.2f};
   by `bash scripts/reproduce_release.sh`.
 - **Hardware and time**: {cpus} CPU cores ({machine}) or one of them, {minutes:.0f} minutes.
@@ -294,7 +295,8 @@ def _card(name: str, run: Path, records: Path, table: str) -> str:
     parts = "the parts named in `base.json` (SmolLM2-135M-Instruct cut to 4 blocks and 8k tokens, EfficientNet-lite0, DINOv2-S)"
     families = [f"`{family}`" for file in recipe.data.files for family in file.families]
     seeds = len(list(records.parent.glob(f"{OURS}-[0-9]")))
-    heading = f"Scores on CMT-open's 7,000 decision items, mean of {seeds} seeds (this folder is seed 0), ± half of the 95 % interval:"
+    heading = "Scores on the 7,000 decision items of CMT-open's first edition,"
+    heading += f" mean of {seeds} seeds (this folder is seed 0), ± half of the 95 % interval:"
     return CARD.format(
         name=name,
         what=WHAT[name],

@@ -41,7 +41,7 @@ class Args:
     best guesser that sees the question only), `ocr` (OCR + rules, else a guess), `oracle` (rules that know what was drawn)."""
 
     suite: Path
-    """What is measured and how: eval/suites/cmt-open.yaml or eval/suites/real.yaml."""
+    """What is measured and how: eval/suites/cmt-open.yaml, cmt-public.yaml or real.yaml (llava_1_5.yaml is for eval/public.py)."""
 
     out: Path
     """Folder for records.jsonl and run.json. A folder of the same run is gone on with; one of another run is refused."""

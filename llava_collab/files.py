@@ -8,14 +8,19 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Replace `path` atomically: a reader, another writer, or a crash, sees the old file or the new one.
+    """`write_chunks` of content that is in memory anyway."""
+    write_chunks(path, (content,), durable=durable)
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes], *, durable: bool = True) -> None:
+    """Replace `path` atomically: a reader, another writer, or a crash (of `chunks` too), sees the old file or the new one.
 
     durable: it outlives a power cut too; without, a reader has to check what it finds.
     """
@@ -23,7 +28,7 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as stream:
-            stream.write(content)
+            stream.writelines(chunks)
             if durable:
                 stream.flush()
                 os.fsync(stream.fileno())

@@ -11,7 +11,7 @@ if [ $# -lt 2 ] || [ $# -gt 3 ] || { [ $# -eq 3 ] && [ "$3" != --dry-run ]; }; t
 fi
 model=$1 out=$2 dry=${3:-}
 gpus=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)}
-if [ "$gpus" -gt 1 ]; then launch=(torchrun --standalone --nproc-per-node "$gpus"); else launch=(python) gpus=1; fi
+if [ "$gpus" -gt 1 ]; then launch=(python -m torch.distributed.run --standalone --nproc-per-node "$gpus"); else launch=(python) gpus=1; fi
 
 cmt=("${launch[@]}" eval/run.py --model "$model" --suite eval/suites/cmt-open.yaml --out "$out/cmt-open" --batch-size 32)
 public=(python eval/public.py run --model "$model" --out "$out/public" --gpus "$gpus")

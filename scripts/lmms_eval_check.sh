@@ -7,6 +7,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 model=${1:-checkpoints/hyperllava-smol}
+if [ -n "${OUT:-}" ] && [ -e "$OUT/lmms" ]; then
+  echo "error: $OUT/lmms is there from an earlier run; remove it, or name another folder in OUT" >&2
+  exit 1
+fi
 if [ ! -e data/cmt-open/test.jsonl ]; then
   echo "error: data/cmt-open/test.jsonl is not there; build it: llava-collab data build cmt-open --out data/cmt-open" >&2
   exit 1
@@ -19,7 +23,7 @@ python -c 'import lmms_eval' 2>/dev/null || python -m pip install --quiet --disa
 
 out=${OUT:-$(mktemp -d)}
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_DATASETS_CACHE="$out/datasets" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-lmms-eval --model llava_collab --model_args "pretrained=$model,dtype=float32" --batch_size 4 --limit "${ITEMS:-2}" \
+python -m lmms_eval --model llava_collab --model_args "pretrained=$model,dtype=float32" --batch_size 4 --limit "${ITEMS:-2}" \
   --tasks cmt_open --include_path eval/lmms_eval --log_samples --output_path "$out/lmms"
 python eval/lmms_check.py --model "$model" --lmms "$out/lmms" --out "$out/ours"
 python -m pytest -q -p no:xdist tests/test_evaluation_lmms.py # what a machine without lmms-eval skips

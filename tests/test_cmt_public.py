@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from llava_collab.cmt.public.card import summary
 from llava_collab.cmt.public.entries import SourceError
 from llava_collab.cmt.public.readers import SHORT
 from llava_collab.data.samples import read_samples
+from llava_collab.files import write_chunks
 
 pytest.importorskip("ijson", reason="reading annotation files needs ijson: pip install 'llava_collab[public]'")
 
@@ -189,6 +192,50 @@ def test_a_saved_dataset_is_read_and_its_pictures_unpacked_once(home, tmp_path):
         build(home, tmp_path / "out")
 
 
+def save_chartqa(home: Path, images: list[Any], answers: list[Any], kind: Any = None) -> None:
+    """A saved dataset whose pictures are paths (or of the feature `kind`), and its entry in sources.yaml."""
+    datasets = pytest.importorskip("datasets", reason="reading saved datasets needs datasets: pip install 'llava_collab[public]'")
+    columns = {"image": images, "question": ["What?"] * len(images), "answers": answers}
+    table = datasets.Dataset.from_dict(columns)
+    (table.cast_column("image", kind) if kind else table).save_to_disk(str(home / "chartqa"))
+    entry = {"name": "chartqa", "format": "datasets", "path": "chartqa", "images": "pictures", "category": "Text-Rich Images QA"}
+    put(home, "sources.yaml", {"sources": [entry]})
+
+
+def test_equal_names_in_two_folders_are_two_entries(home, tmp_path):
+    images = ["train/1.png", "val/1.png"]
+    for seed, image in enumerate(images):
+        picture(home / "pictures" / image, seed)
+    save_chartqa(home, images, [["4"], ["4"]])
+    assert sorted(row["image"][0] for row in all_rows(home, tmp_path / "out").values()) == [f"images/pictures/{image}" for image in images]
+
+
+def test_of_entries_said_twice_the_first_is_written(home, tmp_path):
+    """What a LLaVA record holds besides its turns is not in its id."""
+    coco(home, 1)
+    records = [llava_record("1", "000000000001.jpg") | {"choices": [name]} for name in ("first", "second")]
+    put(home, "llava/detail_23k.json", records)
+    manifest, rows = build(home, tmp_path / "out", test=0)
+    assert [row["choices"] for row in rows["train"].values()] == [["first"]] and manifest["sources"][0]["skipped"] == {"duplicate": 1}
+
+
+def test_the_manifest_has_the_digest_of_the_rows_and_a_stopped_write_leaves_the_old_file(home, tmp_path):
+    coco(home, 1)
+    vqav2(home, [(1, 1), (2, 1)])
+    manifest, _ = build(home, tmp_path / "out", test=0)
+    train = tmp_path / "out/train.jsonl"
+    assert manifest["splits"]["train"]["sha256"] == hashlib.sha256(train.read_bytes()).hexdigest()
+    before = sorted(train.parent.iterdir()), train.read_bytes()
+
+    def chunks() -> Iterator[bytes]:
+        yield b"half"
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_chunks(train, chunks())
+    assert (sorted(train.parent.iterdir()), train.read_bytes()) == before
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +304,68 @@ def test_broken_pictures_are_counted_and_paths_stay_below_the_sources(home, tmp_
     put(home, "llava/detail_23k.json", [llava_record("1", "../../../secret.jpg")])
     with pytest.raises(SourceError, match="not below the sources folder"):
         build(home, tmp_path / "out")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_saved_dataset_without_a_picture_and_with_a_huge_one(home, tmp_path, monkeypatch, inside):
+    datasets = pytest.importorskip("datasets", reason="reading saved datasets needs datasets: pip install 'llava_collab[public]'")
+    for n, size in enumerate(((64, 48), (400, 300))):
+        picture(home / f"pictures/{n}.png", n, size)
+    images = ["0.png", None, "1.png"]
+    if inside:
+        images = [name and {"bytes": (home / "pictures" / name).read_bytes(), "path": None} for name in images]
+    save_chartqa(home, images, [["4"], ["5"], ["6"]], datasets.Image() if inside else None)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10_000)  # Pillow refuses twice as many
+    manifest, rows = build(home, tmp_path / "out", test=0)
+    assert [row["answers"] for row in rows["train"].values()] == [["4"]]
+    assert manifest["sources"][0]["skipped"] == {"no_image": 1}
+    assert manifest["pictures"]["unreadable"] == {"image_too_large": 1}
+
+
+def test_a_picture_that_was_not_saved_inside_names_the_entry(home, tmp_path, monkeypatch):
+    save_chartqa(home, ["a.png"], [["4"]])
+    row = {"image": {"bytes": None, "path": "elsewhere.png"}, "question": "What?", "answers": ["4"]}
+    monkeypatch.setattr("llava_collab.cmt.public.readers.saved_rows", lambda part: iter([(row, False)]))
+    with pytest.raises(SourceError, match=r"chartqa, entry 1: picture 'elsewhere.png' was not saved inside"):
+        build(home, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("vqav2/v2_mscoco_train2014_annotations.json", {"annotations": [{"question_id": 1}]}),
+        ("coco/annotations/captions_train2017.json", {"annotations": [{"image_id": 1}]}),
+        ("vist/sis/train.story-in-sequence.json", {"annotations": [[{"album_id": "1"}]]}),
+        ("textvqa/TextVQA_Rosetta_OCR_v0.2_train.json", {"data": [{"image_id": "1"}]}),
+    ],
+)
+def test_a_wrong_entry_of_a_file_that_is_joined_names_file_and_entry(home, tmp_path, name, content):
+    coco(home, 1)
+    vqav2(home, [(1, 1)])
+    put(home, "textvqa/TextVQA_0.5.1_train.json", {"data": []})
+    path = put(home, name, content)
+    with pytest.raises(SourceError, match="entry 1: lacks the key") as error:
+        build(home, tmp_path / "out")
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["id", "value", "choices"])
+def test_half_a_surrogate_pair_is_left_out_and_counted(home, tmp_path, place):
+    coco(home, 1, 2)
+    bad: dict[str, Any] = llava_record("1", "000000000001.jpg") | {"choices": ["x"]}
+    half = json.loads(r'"cut \ud83d"')
+    match place:
+        case "id":
+            bad["id"] = half
+        case "value":
+            bad["conversations"][1]["value"] = half
+        case _:
+            bad["choices"] = [half]
+    put(home, "llava/detail_23k.json", [bad, llava_record("2", "000000000002.jpg")])
+    manifest, rows = build(home, tmp_path / "out", test=0)
+    assert [row["image"] for row in rows["train"].values()] == [["images/coco/train2017/000000000002.jpg"]]
+    assert manifest["sources"][0]["skipped"] == {"not_utf8": 1}
+    assert manifest["sources"][0]["examples"] == {"not_utf8": ["detail_23k.json, entry 1"]}
 
 
 def test_the_verb_builds_and_says_errors_in_one_line(home, tmp_path, capsys):

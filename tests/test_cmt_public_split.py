@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
+import PIL
 import pytest
 import yaml
 from PIL import Image
-from public_files import Rows, build, coco, llava_record, picture, put, vqav2
+from public_files import Rows, build, coco, die, llava_record, picture, put, vqav2
 from running import ROOT, run_apart
 
 from llava_collab.cmt.families import CATEGORIES
 from llava_collab.cmt.public.card import summary
 from llava_collab.cmt.public.choose import apportion
 from llava_collab.cmt.public.duplicates import CACHE, DISTANCE, NearIndex, hash_pictures, perceptual_hash
-from llava_collab.cmt.public.entries import picture_key
+from llava_collab.cmt.public.entries import SourceError, picture_key
 from llava_collab.data.real import REAL_SETS, ROOT_VARIABLE, real_root
 from llava_collab.data.samples import iter_records
 from llava_collab.evaluation.suite import load_suite
@@ -76,6 +78,11 @@ def test_the_index_finds_what_comparing_all_pairs_finds():
         ("images/gqa/images/77.jpg", "images/coco/val2017/000000000042.jpg", True),
         ("images/textvqa/train_images/0054c91397f2fe05.jpg", "images/textcaps/0054c91397f2fe05.png", True),
         ("images/gqa/images/1.jpg", "images/chartqa/1.png", False),
+        ("images/chartqa/train/png/1.png", "images/chartqa/val/png/1.png", False),
+        ("images/scienceqa/1/image.png", "images/scienceqa/2/image.png", False),
+        ("images/chartqa/png/1.png", "images/chartqa/png/1.jpg", True),
+        ("images/vist/images/train/695160.jpg", "images/vist/images/test/695160.jpg", True),
+        ("images/coco/train2017/42.jpg", "images/coco/val2014/42.jpg", True),
         ("images/coco/train2017/000000001234.jpg", "images/coco/train2017/000000001235.jpg", False),
     ],
 )
@@ -90,14 +97,36 @@ def test_hashing_goes_on_where_it_stopped(tmp_path, monkeypatch):
     first = hash_pictures(tmp_path, [*names, "broken.png"], 1)
     assert first["broken.png"] == "truncated_image" and len({*first.values()}) == 7
     cache = tmp_path / CACHE
-    lines = cache.read_text().splitlines(keepends=True)
-    cache.write_text("".join(lines[:4]) + lines[4][:9])  # stopped while it wrote the fifth
+    made_by, *lines = cache.read_text().splitlines(keepends=True)
+    cache.write_text(made_by + "".join(lines[:4]) + lines[4][:9])  # stopped while it wrote the fifth
     seen = []
     monkeypatch.setattr("llava_collab.cmt.public.duplicates._work", lambda task: (seen.append(task[1]), (task[1], first[task[1]]))[1])
     assert hash_pictures(tmp_path, [*names, "broken.png"], 1) == first and len(seen) == 3
     picture(tmp_path / names[0], 99)  # another picture under the same name
     hash_pictures(tmp_path, names, 1)
     assert seen[3:] == [names[0]]
+    for content in (cache.read_text().replace(PIL.__version__, "1.0", 1), ""):  # another decoder's hashes; a cache without any line
+        cache.write_text(content)
+        seen.clear()
+        hash_pictures(tmp_path, names, 1)
+        assert seen == names
+
+
+def test_a_killed_worker_is_an_error_and_no_wait(tmp_path, monkeypatch):
+    names = [f"{n}.png" for n in range(64)]  # fewer are hashed without processes
+    for name in names:
+        (tmp_path / name).touch()
+    monkeypatch.setattr("llava_collab.cmt.public.duplicates._work", die)
+    with pytest.raises(SourceError, match="killed.*run again with --workers 1"):
+        hash_pictures(tmp_path, names, 2)
+
+
+def test_what_could_not_be_read_once_is_read_again(tmp_path, monkeypatch):
+    name = picture(tmp_path / "a.png", 0).name
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.Image.open", Mock(side_effect=OSError(5, "Input/output error")))
+        assert hash_pictures(tmp_path, [name], 1) == {name: "truncated_image"}
+    assert isinstance(hash_pictures(tmp_path, [name], 1)[name], int)
 
 
 # --- splits and quotas ------------------------------------------------------------------------------------------------------------

@@ -77,8 +77,8 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.delenv(KEY, raising=False)
+    for name in (KEY, "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     one = Server()
     yield one
     one.http.shutdown()
@@ -265,6 +265,30 @@ def test_a_refused_question_is_its_own_error_and_a_refused_key_stops(server: Ser
     other.http.server_close()
 
 
+def test_a_key_is_hidden_before_the_text_is_cut(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, SECRET)
+    for status, length in ((400, 500), (200, 200)):
+        text = "x" * (length - 8) + SECRET  # the cut falls into the key
+        server.behave = lambda n, prompt, status=status, text=text: (status, {}, text.encode())
+        error = str(client(server).ask("q").error)
+        assert SECRET[:4] not in error and error.endswith("x" + f"[{KEY}]"[:8])
+
+
+def test_the_key_goes_to_this_machine_past_the_proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = Server()
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+    monkeypatch.setenv(KEY, SECRET)
+    for url in (server.url, server.url.replace("127.0.0.1", "localhost")):
+        assert Client(url, "judge", attempts=1).ask("q").text == "5 5"
+    assert len(server.bodies) == 2 and not proxy.bodies
+    monkeypatch.delenv(KEY)
+    assert Client("http://judge.invalid/v1", "judge", attempts=1).ask("q").text == "5 5" and len(proxy.bodies) == 1
+    proxy.http.shutdown()
+    proxy.http.server_close()
+
+
 @pytest.mark.parametrize(
     ("endpoint", "message"),
     [
@@ -356,6 +380,22 @@ def test_killed_and_gone_on_with(runs: tuple[Path, Path], server: Server, tmp_pa
     summary = judged(runs, server, tmp_path / "out")
     assert summary.judged == 12 and len(server.bodies) == 6 + 7  # five were kept, the sixth was under way
     assert SECRET not in "".join(file.read_text() for file in (tmp_path / "out").iterdir())
+
+
+def test_a_second_judge_on_a_folder_is_refused(runs: tuple[Path, Path], server: Server, tmp_path: Path) -> None:
+    refused = []
+
+    def meanwhile(n: int, prompt: str) -> Answer:
+        if n == 3:
+            try:
+                judged(runs, server, tmp_path / "out")
+            except RecordError as error:
+                refused.append(str(error))
+        return verdict("8 7")
+
+    server.behave = meanwhile
+    assert judged(runs, server, tmp_path / "out").judged == 12
+    assert len(server.bodies) == 12 and "another process is writing here" in refused[0]
 
 
 def test_other_judges_prompts_and_answers_are_refused(

@@ -7,9 +7,11 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,12 +24,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from running import ROOT, program, run_apart
 
-from llava_collab.data.samples import parse_record
+from llava_collab.data.samples import Sample, parse_record
+from llava_collab.evaluation.evaluator import batches
 from llava_collab.evaluation.lmms_eval.manifest import manifests
 from llava_collab.evaluation.lmms_eval.messages import read_messages, write_messages
+from llava_collab.evaluation.records import RecordError
 from llava_collab.evaluation.suite import load_suite
 from llava_collab.models.build import load
-from llava_collab.types import Request, Single, Turn
+from llava_collab.types import Answer, Request, Single, Turn
 
 TASKS = ROOT / "eval" / "lmms_eval" / "cmt_open"
 SUITE = load_suite(ROOT / "eval" / "suites" / "cmt-open.yaml")
@@ -147,7 +151,33 @@ def test_the_plugin_answers_as_our_model_does_in_order(plugin: type, folder: Pat
     assert model.generate_until(asked(docs, max_new_tokens=6, until=[stop]))[0].text == answers[0].text.split(stop)[0].rstrip()
 
 
+def test_the_plugin_batches_as_the_evaluator(plugin: type, folder: Path) -> None:
+    class Recording:
+        name = "recording"
+
+        def __init__(self) -> None:
+            self.asked: list[list[str]] = []
+
+        def generate(self, requests: Sequence[Request]) -> list[Answer]:
+            self.asked.append([request.id for request in requests])
+            return [Answer(request.id) for request in requests]
+
+    docs = documents(23)
+    plain, model = Recording(), plugin(pretrained=str(folder), batch_size="3", device="cpu")
+    model.task_dict, model.model = {"task": {"test": docs}}, Recording()
+    assert [r.text for r in model.generate_until(asked(docs, max_new_tokens=6))] == [str(i) for i in range(23)]
+    samples = [
+        Sample(str(i), tuple(images), turns, "c") for i, doc in enumerate(docs) for turns, images in [read_messages(doc["messages"])]
+    ]
+    for batch in batches([sample.request(6) for sample in samples], 3):
+        plain.generate(batch)
+    assert model.model.asked == plain.asked and len(plain.asked) == 9
+
+
 def test_the_plugin_refuses_what_it_can_not_do(plugin: type, folder: Path) -> None:
+    for dtype in ("nn", "float64", "int8"):
+        with pytest.raises(ValueError, match=f"dtype={dtype}: has to be one of stored, float32, bfloat16, float16"):
+            plugin(pretrained=str(folder), device="cpu", dtype=dtype)
     model = plugin(pretrained=str(folder), device="cpu")
     docs = documents(2)
     docs[1]["messages"][0]["content"][0]["url"] = Path("nowhere.png")
@@ -224,6 +254,23 @@ def test_the_task_asks_and_scores_as_our_evaluator(tmp_path: Path, monkeypatch: 
         for output in ("A dog.", "A red kite and a dog.", ""):
             assert utils.process_results(doc, [output]) == {"score": scorer.score(output, sample).score}
     assert utils.process_results(record, ["A red kite and a dog."])["score"] == 100.0
+
+
+def test_samples_without_an_answer_are_not_compared() -> None:
+    check = program("eval/lmms_check.py")
+    rows = [{"sample_id": f"s{i}", "status": "ok", "score": 1.0, "error": None} for i in range(3)]
+    assert list(check.answered(rows)) == ["s0", "s1", "s2"]
+    rows[1] |= {"status": "error", "score": None, "error": "no picture"}
+    with pytest.raises(RecordError, match="1 of 3 samples have no answer of ours: s1; the first: no picture"):
+        check.answered(rows)
+
+
+def test_the_check_refuses_the_results_of_an_earlier_one(tmp_path: Path) -> None:
+    (tmp_path / "lmms").mkdir()
+    environment = os.environ | {"OUT": str(tmp_path), "VENV": str(tmp_path / "venv")}
+    script = ["bash", str(ROOT / "scripts" / "lmms_eval_check.sh")]
+    told = subprocess.run(script, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert told.returncode == 1 and f"{tmp_path}/lmms is there from an earlier run" in told.stderr and not (tmp_path / "venv").exists()
 
 
 # --- with lmms-eval ---------------------------------------------------------------------------------------------------------------

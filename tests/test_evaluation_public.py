@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,6 +47,7 @@ def write_results(public: ModuleType, out: Path, name: str, score: float, date: 
         "config": {"model": "llava_collab", "model_args": "pretrained=m,dtype=bfloat16", "batch_size": "16", "limit": None},
         "date": date,
     }
+    result["config"] |= changes.pop("config", {})
     for key, value in changes.items():
         result[key.replace("_", "-")][task] |= value
     path = out / name / "runs__x__model" / f"{date}_results.json"
@@ -95,6 +97,28 @@ def test_a_file_without_the_score_is_named(public: ModuleType, tmp_path: Path) -
         public.table([tmp_path])
 
 
+@pytest.mark.parametrize("score", [None, "N/A", float("nan")])
+def test_a_score_that_no_judge_gave_is_named(public: ModuleType, tmp_path: Path, score: Any) -> None:
+    write_results(public, tmp_path, "mmvet", score)
+    with pytest.raises(SuiteError, match=r"20260101_120000_results.json: 'gpt_eval_score' is (None|'N/A'|nan), no number.*OPENAI_API_KEY"):
+        public.table([tmp_path])
+
+
+def test_results_of_another_run_do_not_count(public: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def left(**more: Any) -> bool:
+        assert public.Run(**{"model": "m", "out": tmp_path, "benchmarks": ("gqa",), "dry_run": True} | more).run() == 0
+        return "lmms_eval" in capsys.readouterr().out
+
+    write_results(public, tmp_path, "gqa", 0.5, config={"limit": 8.0})  # lmms-eval reads a number with a point
+    assert left() and left(limit=4) and not left(limit=8)
+    path = write_results(public, tmp_path, "gqa", 0.6, date="20260102_120000")
+    assert not left() and not left(limit=8)
+    for other in ({"model": "n"}, {"dtype": "float32"}):
+        with pytest.raises(SuiteError, match="is of pretrained=m,dtype=bfloat16, this run is of") as error:
+            left(**other)
+        assert str(path) in str(error.value)
+
+
 def test_the_suite_holds_the_papers_table(public: ModuleType, tmp_path: Path) -> None:
     columns, benchmarks = public.load_benchmarks()
     ours = columns.index("HyperLLaVA-7B")
@@ -108,12 +132,13 @@ def test_the_suite_holds_the_papers_table(public: ModuleType, tmp_path: Path) ->
 
 
 def test_a_dry_run_prints_what_is_left(public: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_results(public, tmp_path, "gqa", 0.6)
+    write_results(public, tmp_path, "gqa", 0.6, config={"model_args": "pretrained=runs/x/model,dtype=bfloat16"})
     run = public.Run("runs/x/model", tmp_path, gpus=8, benchmarks=("gqa", "textvqa+ocr"), dry_run=True)
     assert run.run() == 0
     done, left = capsys.readouterr().out.splitlines()
     command = shlex.split(left)
-    assert done.startswith("# gqa: has results") and command[:6] == ["torchrun", "--standalone", "--nproc-per-node", "8", "-m", "lmms_eval"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8", "-m", "lmms_eval"]
+    assert done.startswith("# gqa: has results") and command[:8] == launch
     assert command[command.index("--tasks") + 1] == "llava_1_5_textvqa_ocr" and "pretrained=runs/x/model,dtype=bfloat16" in command
     assert not (tmp_path / "tasks").exists()
     with pytest.raises(SuiteError, match="no benchmark"):
@@ -128,6 +153,6 @@ def test_the_cluster_script_is_sound(tmp_path: Path) -> None:
         ["bash", scripts[0], "m", str(tmp_path), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True, env=environment
     )
     commands = [shlex.split(command) for command in dry.stdout.splitlines()]
-    assert "eval/run.py" in commands[0] and all(command[0] == "lmms-eval" for command in commands[1:])
+    assert "eval/run.py" in commands[0] and all(command[1:3] == ["-m", "lmms_eval"] for command in commands[1:])
     assert len(commands) == 14 and not list(tmp_path.iterdir())
     assert subprocess.run(["bash", scripts[0]], cwd=ROOT, capture_output=True, check=False).returncode == 2

@@ -23,9 +23,10 @@ from running import ROOT, run_apart
 from llava_collab.data.conversation import SampleError
 from llava_collab.evaluation.asking import ask
 from llava_collab.evaluation.evaluator import Summary, evaluate
+from llava_collab.evaluation.identity import run_identity
 from llava_collab.evaluation.metrics import Scorer
 from llava_collab.evaluation.ranks import Ranks, writing
-from llava_collab.evaluation.records import PART, RECORDS, RecordError, Row, read_rows
+from llava_collab.evaluation.records import PART, RECORDS, RecordError, Row, read_rows, settle
 from llava_collab.files import write_json
 from llava_collab.types import Answer, Model, Request
 
@@ -131,6 +132,7 @@ def together(count: int, out: Path, model: Callable[[], Model] = lambda: Slow(0)
         thread.start()
     for thread in threads:
         thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -138,15 +140,23 @@ def test_ranks_leave_the_records_of_one_process(tmp_path: Path) -> None:
     run(Slow(0), tmp_path / "one")
     together(3, tmp_path / "three")
     assert timeless(tmp_path / "three") == timeless(tmp_path / "one")
-    assert sorted(p.name for p in (tmp_path / "three").iterdir()) == [RECORDS, "run.json"]
+    assert sorted(p.name for p in (tmp_path / "three").iterdir()) == [*(f".writing-{i}.lock" for i in range(3)), RECORDS, "run.json"]
 
-    calls = iter(range(1, 100))
-    together(2, tmp_path / "broken", lambda: Failing(lambda ids: RuntimeError("broken") if next(calls) > 7 else None))
+    calls, answered = iter(range(1, 100)), list[str]()
+
+    def breaks(ids: Sequence[str]) -> Exception | None:
+        if next(calls) > 7:
+            return RuntimeError("broken")
+        answered.extend(ids)
+        return None
+
+    together(2, tmp_path / "broken", lambda: Failing(breaks))
     parts = [read for index in range(2) if (read := (tmp_path / "broken" / PART.format(index))).is_file()]
-    assert sum(len(part.read_text().splitlines()) for part in parts) == 28  # seven batches of four
+    kept = [json.loads(line)["sample_id"] for part in parts for line in part.read_text().splitlines()]
+    assert sorted(kept) == sorted(answered) and kept
     resumed = Failing(lambda ids: None)
     run(resumed, tmp_path / "broken")
-    assert timeless(tmp_path / "broken") == timeless(tmp_path / "one") and sum(map(len, resumed.asked)) == 90 - 28
+    assert timeless(tmp_path / "broken") == timeless(tmp_path / "one") and sum(map(len, resumed.asked)) == 90 - len(kept)
 
 
 def test_a_batch_cut_in_two_is_asked_again_as_a_whole(tmp_path: Path) -> None:
@@ -160,9 +170,54 @@ def test_a_batch_cut_in_two_is_asked_again_as_a_whole(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_being_written_is_refused(tmp_path: Path) -> None:
-    with writing(tmp_path, 3), pytest.raises(RecordError, match="another process is writing here"):
-        run(Slow(0), tmp_path)
+    for held in (Ranks(), Ranks(3, 4)):  # a start of its own; a worker that outlived its launcher
+        with writing(tmp_path, held), pytest.raises(RecordError, match="another process is writing here"):
+            run(Slow(0), tmp_path)
     assert str(run(Slow(0), tmp_path)) == "n=90/90, 0 errors"
+
+
+def test_a_start_that_was_hashing_pictures_while_another_began_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, over, summaries = threading.Event(), threading.Event(), list[str]()
+
+    def waits(ids: Sequence[str]) -> Exception | None:
+        if len(early.asked) <= 5:  # the first batch, and its four samples alone: error rows, which a settling start takes out
+            return OSError("no picture")
+        entered.set()
+        over.wait(60)
+        return None
+
+    early = Failing(waits)
+    started = threading.Thread(target=lambda: summaries.append(str(run(early, tmp_path))))
+
+    def hashes_long(*arguments: Any) -> dict[str, Any]:
+        if threading.current_thread() is not started:
+            started.start()
+            assert entered.wait(60)
+        return run_identity(*arguments)
+
+    monkeypatch.setattr("llava_collab.evaluation.evaluator.run_identity", hashes_long)
+    late = Failing(lambda ids: None)
+    try:
+        with pytest.raises(RecordError, match="another process is writing here"):
+            run(late, tmp_path)
+    finally:
+        over.set()
+        started.join(60)
+    assert not late.asked and summaries == ["n=86/90, 4 errors"]
+
+
+def test_a_folder_is_held_while_it_is_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settled = []
+
+    def beside(folder: Path, ids: Sequence[Sequence[str]], *, final: bool) -> None:
+        with pytest.raises(RecordError, match="another process is writing here"), writing(folder):
+            pass
+        settled.append(final)
+        settle(folder, ids, final=final)
+
+    monkeypatch.setattr("llava_collab.evaluation.evaluator.settle", beside)
+    run(Slow(0), tmp_path)
+    assert settled == [False, True]
 
 
 # --- processes that are killed ----------------------------------------------------------------------------------------------------

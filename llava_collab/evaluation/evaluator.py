@@ -15,7 +15,7 @@ from tqdm import tqdm
 from llava_collab.evaluation.asking import ask
 from llava_collab.evaluation.identity import run_identity
 from llava_collab.evaluation.metrics import Scorer, references
-from llava_collab.evaluation.ranks import Ranks, refuse_writers, writing
+from llava_collab.evaluation.ranks import Ranks, writing
 from llava_collab.evaluation.records import PART, RECORDS, Row, dump, open_run, read_rows, settle
 from llava_collab.types import Answer, Model, Request
 
@@ -69,37 +69,40 @@ def evaluate(
     """
     _check(samples, scorer, max_new_tokens)
     ranks = ranks or Ranks()
-    layout = list(batches(samples, max_new_tokens, batch_size))
+    by_id = {sample.id: sample for sample in samples}
+    requests = [sample.request(max_new_tokens[sample.category]) for sample in samples]
+    layout = [[by_id[request.id] for request in batch] for batch in batches(requests, batch_size)]
     ids = [[sample.id for sample in batch] for batch in layout]
-    if ranks.first:
-        refuse_writers(out_dir)
-        open_run(out_dir, run_identity(model, samples, scorer, max_new_tokens, split, identity or {}), environment or {})
-        if scorer.context.frequencies is not None:
-            scorer.context.frequencies.save(out_dir / FREQUENCIES)
-        settle(out_dir, ids, final=False)
-    ranks.wait()
-    done = {row["sample_id"] for row in read_rows(out_dir)}
-    left = [rest for batch in layout if (rest := [sample for sample in batch if sample.id not in done])]
-    own = ranks.share(left)
-    path = out_dir / (RECORDS if ranks.count == 1 else PART.format(ranks.index))
-    with (
-        writing(out_dir, ranks.index),
-        path.open("a", encoding="utf-8") as file,
-        tqdm(total=len(done) + sum(map(len, own)), initial=len(done), unit="item", desc="eval", disable=not ranks.first) as bar,
-    ):
-        for batch in own:
-            start = time.perf_counter()
-            answers = ask(model, [sample.request(max_new_tokens[sample.category]) for sample in batch])
-            seconds = (time.perf_counter() - start) / len(batch)
-            for sample, answer in zip(batch, answers, strict=True):
-                file.write(dump(_row(sample, answer, scorer, max_new_tokens, split, seconds)))
-            file.flush()
-            bar.update(len(batch))
-    ranks.wait()
-    if ranks.first:
-        settle(out_dir, ids, final=True)
-    ranks.wait()
-    statuses = Counter(row["status"] for row in read_rows(out_dir))
+    # Before the folder is held, since it reads every picture.
+    about = run_identity(model, samples, scorer, max_new_tokens, split, identity or {}) if ranks.first else {}
+    with writing(out_dir, ranks):
+        if ranks.first:
+            open_run(out_dir, about, environment or {})
+            if scorer.context.frequencies is not None:
+                scorer.context.frequencies.save(out_dir / FREQUENCIES)
+            settle(out_dir, ids, final=False)
+        ranks.wait()
+        done = {row["sample_id"] for row in read_rows(out_dir)}
+        left = [rest for batch in layout if (rest := [sample for sample in batch if sample.id not in done])]
+        own = ranks.share(left)
+        path = out_dir / (RECORDS if ranks.count == 1 else PART.format(ranks.index))
+        with (
+            path.open("a", encoding="utf-8") as file,
+            tqdm(total=len(done) + sum(map(len, own)), initial=len(done), unit="item", desc="eval", disable=not ranks.first) as bar,
+        ):
+            for batch in own:
+                start = time.perf_counter()
+                answers = ask(model, [sample.request(max_new_tokens[sample.category]) for sample in batch])
+                seconds = (time.perf_counter() - start) / len(batch)
+                for sample, answer in zip(batch, answers, strict=True):
+                    file.write(dump(_row(sample, answer, scorer, max_new_tokens, split, seconds)))
+                file.flush()
+                bar.update(len(batch))
+        ranks.wait()
+        if ranks.first:
+            settle(out_dir, ids, final=True)
+        ranks.wait()
+        statuses = Counter(row["status"] for row in read_rows(out_dir))
     return Summary(len(samples), statuses["ok"], statuses["error"])
 
 
@@ -133,19 +136,18 @@ def _check(samples: Sequence[Sample], scorer: Scorer, max_new_tokens: Mapping[st
     scorer.check(samples)
 
 
-def batches(samples: Sequence[Sample], max_new_tokens: Mapping[str, int], batch_size: int) -> Iterator[list[Sample]]:
-    """Questions of equal token limit and image count and similar length, the same whatever the order of the samples."""
+def batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Request]]:
+    """Questions of equal token limit and image count and similar length, the same whatever the order of the requests."""
 
-    def key(sample: Sample) -> tuple[int, int, int, str]:
-        length = sum(len(turn.text) for turn in sample.request().turns)
-        return max_new_tokens[sample.category], len(sample.images), length, sample.id
+    def key(request: Request) -> tuple[int, int, int, str]:
+        return request.max_new_tokens, len(request.images), sum(len(turn.text) for turn in request.turns), request.id
 
-    batch: list[Sample] = []
-    for sample in sorted(samples, key=key):
-        if batch and (len(batch) == batch_size or key(sample)[:2] != key(batch[0])[:2]):
+    batch: list[Request] = []
+    for request in sorted(requests, key=key):
+        if batch and (len(batch) == batch_size or key(request)[:2] != key(batch[0])[:2]):
             yield batch
             batch = []
-        batch.append(sample)
+        batch.append(request)
     if batch:
         yield batch
 

@@ -29,6 +29,7 @@ from llava_collab.evaluation.evaluator import prompt_text
 from llava_collab.evaluation.judge_client import Client, JudgeError, Reply
 from llava_collab.evaluation.lookup import is_of, shrunk
 from llava_collab.evaluation.metrics import references
+from llava_collab.evaluation.ranks import writing
 from llava_collab.evaluation.records import RecordError, Row, dump, open_run, read_lines
 from llava_collab.evaluation.report import Run
 from llava_collab.files import write_text
@@ -191,20 +192,21 @@ def judge(
     Questions that ended in an error are asked again by the next run; their rows stay, since they may have cost something, and the last row
     of a question counts. With a cost limit a question is asked only if its worst case, all attempts included, still fits.
 
-    Raises RecordError for a folder of other judgements, JudgeError where the judge can't be asked at all.
+    Raises RecordError for a folder of other judgements or one that another process writes to, JudgeError where the judge can't be asked
+    at all.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    open_run(folder, identity, environment, header=HEADER, records=JUDGEMENTS)
-    rows = _resume(folder)
-    spent = sum(row["cost"] for row in rows)
-    done = {_key(row) for row in rows if row["status"] == "ok"}
-    todo = deque(question for question in asked if question.key not in done)
-    with (
-        (folder / JUDGEMENTS).open("a", encoding="utf-8") as file,
-        tqdm(total=len(asked), initial=len(asked) - len(todo), desc="judge") as bar,
-    ):
-        _Asking(client, budget, with_images, file, bar, spent).run(todo, parallel)
-    rows = read_lines(folder / JUDGEMENTS)
+    with writing(folder):
+        open_run(folder, identity, environment, header=HEADER, records=JUDGEMENTS)
+        rows = _resume(folder)
+        spent = sum(row["cost"] for row in rows)
+        done = {_key(row) for row in rows if row["status"] == "ok"}
+        todo = deque(question for question in asked if question.key not in done)
+        with (
+            (folder / JUDGEMENTS).open("a", encoding="utf-8") as file,
+            tqdm(total=len(asked), initial=len(asked) - len(todo), desc="judge") as bar,
+        ):
+            _Asking(client, budget, with_images, file, bar, spent).run(todo, parallel)
+        rows = read_lines(folder / JUDGEMENTS)
     final = last(rows)
     statuses = [final[question.key]["status"] if question.key in final else "left" for question in asked]
     spent = sum(row["cost"] for row in rows)

@@ -108,7 +108,9 @@ class Client:
     def _post(self, data: bytes) -> bytes:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         request = urllib.request.Request(f"{self.endpoint.rstrip('/')}/chat/completions", data, headers)
-        with urllib.request.build_opener(_NoRedirects).open(request, timeout=self.timeout) as response:
+        # To this machine without the environment's proxy: it would read the key on a connection that is not encrypted.
+        direct = [urllib.request.ProxyHandler({})] if _is_local(urllib.parse.urlsplit(self.endpoint).hostname or "") else []
+        with urllib.request.build_opener(_NoRedirects, *direct).open(request, timeout=self.timeout) as response:
             return response.read(_LARGEST_REPLY)
 
     def _reply(self, content: bytes, lost: int) -> Reply:
@@ -119,7 +121,7 @@ class Client:
             prompt, generated = (_count(usage.get(key)) for key in ("prompt_tokens", "completion_tokens"))
             model = _clean(str(body.get("model", "")))
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            return Reply(error=f"not a chat completion ({error}): {self._hidden(content[:200])}", lost=lost + 1)
+            return Reply(error=f"not a chat completion ({error}): {self._hidden(content)[:200]}", lost=lost + 1)
         if not isinstance(text, str):
             lost += prompt is None or generated is None
             return Reply("", model, prompt, generated, f"no text in the reply: {text!r}", lost)
@@ -127,12 +129,12 @@ class Client:
 
     def _said(self, error: urllib.error.HTTPError) -> str:
         try:
-            return self._hidden(error.read(500))
+            return self._hidden(error.read(_LARGEST_REPLY))[:500]
         except (OSError, http.client.HTTPException):
             return "(no text)"
 
     def _hidden(self, content: bytes) -> str:
-        """What a server said, as it may be shown and kept: some servers repeat the key in an error."""
+        """What a server said, as it may be shown and kept: some servers repeat the key in an error. To be cut after this, not before."""
         text = content.decode("utf-8", "replace").strip()
         return text.replace(self._key, f"[{KEY}]") if self._key else text
 

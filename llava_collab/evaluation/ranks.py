@@ -60,27 +60,34 @@ def joined(cpu: bool = False) -> Iterator[Ranks]:
 
 
 @contextmanager
-def writing(folder: Path, index: int) -> Iterator[None]:
-    """Hold this folder as writer number `index`. Raises RecordError where another process does."""
-    lock = folder / _LOCK.format(index)
+def writing(folder: Path, ranks: Ranks | None = None) -> Iterator[None]:
+    """Hold `folder` from before its files are looked at until nothing more is written; every rank calls this, and returns when all hold it.
+
+    The first rank's lock is the folder's: only its holder asks whether workers are left of a launcher that was killed, and only after
+    that do the other ranks take theirs. Lock files stay: a process may have opened one that another removes, and would then hold nothing.
+    Raises RecordError where another process holds the folder.
+    """
+    ranks = ranks or Ranks()
+    with ExitStack() as stack:
+        if ranks.first:
+            own = stack.enter_context(_held(folder / _LOCK.format(0)))
+            for lock in set(folder.glob(_LOCK.format("*"))) - {own}:
+                with _held(lock):
+                    pass
+        ranks.wait()
+        if not ranks.first:
+            stack.enter_context(_held(folder / _LOCK.format(ranks.index)))
+        ranks.wait()
+        yield
+
+
+@contextmanager
+def _held(lock: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(lock))
         except BlockingIOError as error:
-            raise _busy(folder) from error
-        yield
-        lock.unlink(missing_ok=True)
-
-
-def refuse_writers(folder: Path) -> None:
-    """Raises RecordError while any process still writes to `folder`: workers can outlive a launcher that was killed."""
-    for lock in folder.glob(_LOCK.format("*")):
-        try:
-            with locked(lock):
-                pass
-        except BlockingIOError as error:
-            raise _busy(folder) from error
-
-
-def _busy(folder: Path) -> RecordError:
-    return RecordError(f"{folder}: another process is writing here; wait for it or end it, then run again (or choose another --out)")
+            raise RecordError(
+                f"{lock.parent}: another process is writing here; wait for it or end it, then run again (or choose another --out)"
+            ) from error
+        yield lock

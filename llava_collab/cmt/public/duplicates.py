@@ -11,24 +11,29 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image
 from tqdm import tqdm
 
+from llava_collab.cmt.public.entries import SourceError
 from llava_collab.data.conversation import SampleError
 from llava_collab.data.images import load_image, resolve_image
 from llava_collab.files import write_text
 
 DISTANCE = 4  # bits of 64
 CACHE = "picture_hashes.jsonl"
+_MADE_BY = json.dumps({"hash": "pHash, 32 x 32 to 64 bits", "Pillow": PIL.__version__}) + "\n"  # decoders differ in a last bit
 _SIDE, _KEPT = 32, 8
 _DCT = np.cos(np.pi * (2 * np.arange(_SIDE)[None] + 1) * np.arange(_KEPT)[:, None] / (2 * _SIDE))
 # Five bands cover the 64 bits: two hashes that differ in 4 bits are equal in at least one of them.
 _BANDS = tuple((start, min(start + 13, 64) - start) for start in range(0, 64, 13))
 
-Known = dict[str, tuple[int, int, int | str]]  # path -> size, time of change (ns), hash or why there is none
+Known = dict[str, tuple[int, int, int]]  # path -> size, time of change (ns), hash
 
 
 def perceptual_hash(image: Image.Image) -> int:
@@ -39,22 +44,31 @@ def perceptual_hash(image: Image.Image) -> int:
 
 
 def hash_pictures(out: Path, images: Iterable[str], workers: int) -> dict[str, int | str]:
-    """Path below `out` -> hash, or the reason why the picture can't be read. What is in the cache and unchanged isn't read again."""
+    """Path below `out` -> hash, or the reason why the picture can't be read.
+
+    A picture that is unchanged since its hash went into the cache isn't read again. What could not be read isn't cached: the cause may
+    be a disk that was away for a moment. Another hash or another Pillow starts the cache anew.
+    Raises SourceError where a worker was killed.
+    """
     known = _read_cache(out / CACHE)
     stamps = {image: _stamp(out / image) for image in images}
-    todo = [image for image in sorted(stamps) if known.get(image, ())[:2] != stamps[image]]
-    write_text(out / CACHE, "".join(_line(image, known[image]) for image in sorted(known)))  # without a line that a stop cut off
+    found: dict[str, int | str] = {image: known[image][2] for image in stamps if known.get(image, ())[:2] == stamps[image]}
+    todo = [image for image in sorted(stamps) if image not in found]
+    lines = (_line(image, *known[image]) for image in sorted(known))  # without a line that a stop cut off
+    write_text(out / CACHE, _MADE_BY + "".join(lines))
     with (out / CACHE).open("a", encoding="utf8") as cache:
         for image, value in tqdm(_run([(out, image) for image in todo], workers), total=len(todo), desc="hashing", unit="picture"):
-            known[image] = (*stamps[image], value)
-            cache.write(_line(image, known[image]))
-            cache.flush()
-    return {image: known[image][2] for image in stamps}
+            found[image] = value
+            if isinstance(value, int):
+                cache.write(_line(image, *stamps[image], value))
+                cache.flush()
+    return found
 
 
 def _read_cache(path: Path) -> Known:
+    made_by, *lines = (path.read_text(encoding="utf8") if path.is_file() else "").splitlines(keepends=True) or [""]
     known: Known = {}
-    for line in path.read_text(encoding="utf8").splitlines() if path.is_file() else ():
+    for line in lines if made_by == _MADE_BY else ():
         try:
             image, size, changed, value = json.loads(line)
         except ValueError:
@@ -63,8 +77,8 @@ def _read_cache(path: Path) -> Known:
     return known
 
 
-def _line(image: str, found: tuple[int, int, int | str]) -> str:
-    return json.dumps([image, *found]) + "\n"
+def _line(image: str, size: int, changed: int, value: int) -> str:
+    return json.dumps([image, size, changed, value]) + "\n"
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -84,8 +98,14 @@ def _run(tasks: list[tuple[Path, str]], workers: int) -> Iterator[tuple[str, int
     if workers == 1 or len(tasks) < 64:  # starting processes takes longer
         yield from map(_work, tasks)
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:  # not forked: the caller may hold threads (torch does)
-        yield from pool.imap_unordered(_work, tasks, chunksize=16)
+    spawn = multiprocessing.get_context("spawn")  # not forked: the caller may hold threads (torch does)
+    try:
+        with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+            yield from pool.map(_work, tasks, chunksize=16)
+    except BrokenProcessPool as error:
+        raise SourceError(
+            "a process that hashed pictures was killed, most often for want of memory; what it hashed is kept, run again with --workers 1"
+        ) from error
 
 
 class NearIndex:

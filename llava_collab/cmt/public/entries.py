@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
 EXAMPLES = 3
 IMAGES = "images"  # in the built folder, a link to the folder of the sources
 _COCO_2014 = re.compile(r"COCO_(?:train|val|test)\d{4}_(\d{12})")
+_WRONG = (KeyError, TypeError, IndexError, AttributeError, ValueError)  # what an entry of another form raises
 _VISUAL_GENOME = {"gqa", "vg", "VG_100K", "VG_100K_2", "visual_genome"}
+
+# Folders that share one numbering: a number is one picture in all of them.
+_ONE_NUMBERING = {f"{IMAGES}/coco/{split}{year}": "coco" for split in ("train", "val") for year in (2014, 2017)} | {
+    f"{IMAGES}/vist/images/{split}": "vist" for split in ("train", "val", "test")
+}
 
 
 class SourceError(ValueError):
@@ -44,6 +51,14 @@ class Entry:
     held: bool
     together: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def check_unicode(self) -> None:
+        """Raises Skip for half a surrogate pair, which JSON can spell (a text cut inside an emoji) and no UTF-8 file can hold."""
+        said = [self.id, self.images, self.turns, self.answers, self.extra]
+        try:
+            json.dumps(said, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise Skip("not_utf8") from error
 
     def row(self, source: str, split: str) -> dict[str, Any]:
         """The line of CMT-public, in the form of CMT-open."""
@@ -127,14 +142,29 @@ class Part:
             where = f"{path.name}, entry {number}"
             try:
                 made = make(entry)
+                made.check_unicode()
             except Skip as skip:
                 self.skip(str(skip), where)
-            except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-                raise SourceError(f"{path}, entry {number}: {_said(error)}; {self.source.cure()}") from error
+            except _WRONG as error:
+                raise self._refused(path, number, error) from error
             else:
                 yield made
         if not number:
             raise SourceError(f"{path}: no entries found; {self.source.cure()}")
+
+    def collect(self, path: Path, prefix: str, take: Callable[[Any], object]) -> None:
+        """`take` every entry (see `stream`) of a file that is joined with another, or whose entries are grouped.
+
+        Raises SourceError at the first one that hasn't the published form.
+        """
+        for number, entry in enumerate(stream(path, prefix), start=1):
+            try:
+                take(entry)
+            except _WRONG as error:
+                raise self._refused(path, number, error) from error
+
+    def _refused(self, path: Path, number: int, error: Exception) -> SourceError:
+        return SourceError(f"{path}, entry {number}: {_said(error)}; {self.source.cure()}")
 
 
 def _said(error: Exception) -> str:
@@ -173,10 +203,11 @@ def texts(values: Any, reason: str = "empty_answer") -> tuple[str, ...]:
 
 
 def picture_key(image: str, coco_of: Mapping[str, str]) -> str:
-    """What makes two paths the same picture: the stem where it is an id by itself (8 characters or more), else folder and stem.
+    """What makes two paths the same picture: the stem where it is an id by itself (8 characters or more), else whole folder and stem.
 
-    COCO's prefix of 2014 goes, and a Visual Genome number becomes the COCO number that `coco_of` knows for it. Two pictures that share
-    a long stem by chance are taken for one, which costs at most a test item.
+    The folders of COCO count as one, and so do those of VIST and of Visual Genome. COCO's prefix of 2014 goes, and a Visual Genome
+    number becomes the COCO number that `coco_of` knows for it. Two pictures that share a long stem by chance are taken for one, which
+    costs at most a test item.
     """
     path = PurePosixPath(image)
     match = _COCO_2014.fullmatch(path.stem)
@@ -185,4 +216,5 @@ def picture_key(image: str, coco_of: Mapping[str, str]) -> str:
         return stem
     if _VISUAL_GENOME.intersection(path.parts[:-1]):
         return coco_of.get(stem, f"vg/{stem}")
-    return f"{path.parts[1] if len(path.parts) > 2 else ''}/{stem}"
+    folder = str(path.parent)
+    return f"{_ONE_NUMBERING.get(folder, folder)}/{stem}"

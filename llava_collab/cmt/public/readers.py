@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from llava_collab.cmt.public.entries import IMAGES, Entry, Part, Skip, SourceError, stream, texts
-from llava_collab.cmt.public.saved import saved_dataset
+from llava_collab.cmt.public.entries import IMAGES, Entry, Part, Skip, stream, texts
+from llava_collab.cmt.public.saved import saved_rows, unpack
 from llava_collab.data.conversation import SampleError, check_image_count, check_turns
 from llava_collab.data.samples import iter_records, parse_record
 
@@ -62,12 +62,12 @@ def vqav2(part: Part) -> Iterator[Entry]:
     """VQA v2: questions and annotations in two files, joined by `question_id`; ten people's answers are kept."""
     questions, annotations = part.paths
     known: dict[int, tuple[str, tuple[str, ...]]] = {}
-    for entry in stream(annotations, "annotations.item"):
-        try:
-            people = tuple(str(given["answer"]) for given in entry["answers"])
-            known[entry["question_id"]] = (entry["multiple_choice_answer"], people)
-        except (KeyError, TypeError) as error:
-            raise SourceError(f"{annotations}, annotation {len(known) + 1}: lacks {error}; {part.source.cure()}") from error
+
+    def take(entry: Any) -> None:
+        people = tuple(str(given["answer"]) for given in entry["answers"])
+        known[entry["question_id"]] = (entry["multiple_choice_answer"], people)
+
+    part.collect(annotations, "annotations.item", take)
 
     def make(entry: Any) -> Entry:
         if entry["question_id"] not in known:
@@ -104,11 +104,11 @@ def _spatial(entry: dict[str, Any]) -> bool:
 def coco_captions(part: Part) -> Iterator[Entry]:
     """COCO captions: one entry a picture, with all its captions (five, rarely more) as references in the order of their ids."""
     captions: dict[int, list[tuple[int, str]]] = {}
-    for number, entry in enumerate(stream(part.paths[0], "annotations.item"), start=1):
-        try:
-            captions.setdefault(entry["image_id"], []).append((entry["id"], entry["caption"]))
-        except (KeyError, TypeError) as error:
-            raise SourceError(f"{part.paths[0]}, annotation {number}: lacks {error}; {part.source.cure()}") from error
+
+    def take(entry: Any) -> None:
+        captions.setdefault(entry["image_id"], []).append((entry["id"], entry["caption"]))
+
+    part.collect(part.paths[0], "annotations.item", take)
 
     def make(pair: Any) -> Entry:
         image_id, said = pair
@@ -141,11 +141,11 @@ def vist(part: Part) -> Iterator[Entry]:
     Albums stay together. Stories of another length are skipped: a few lost photos.
     """
     stories: dict[str, list[dict[str, Any]]] = {}
-    for number, entry in enumerate(stream(part.paths[0], "annotations.item"), start=1):
-        try:
-            stories.setdefault(entry[0]["story_id"], []).append(entry[0])
-        except (KeyError, TypeError, IndexError) as error:
-            raise SourceError(f"{part.paths[0]}, annotation {number}: lacks {error!r}; {part.source.cure()}") from error
+
+    def take(entry: Any) -> None:
+        stories.setdefault(entry[0]["story_id"], []).append(entry[0])
+
+    part.collect(part.paths[0], "annotations.item", take)
     folder = part.paths[0].name.split(".")[0]
 
     def make(pair: Any) -> Entry:
@@ -165,7 +165,9 @@ def vist(part: Part) -> Iterator[Entry]:
 def textvqa(part: Part) -> Iterator[Entry]:
     """TextVQA: ten people's answers are kept; OCR tokens, where their file is there, stand beside the prompt and never in it."""
     path, *ocr = part.paths
-    tokens = {entry["image_id"]: entry["ocr_tokens"] for file in ocr for entry in stream(file, "data.item")}
+    tokens: dict[str, list[str]] = {}
+    for file in ocr:
+        part.collect(file, "data.item", lambda entry: tokens.update({entry["image_id"]: entry["ocr_tokens"]}))
 
     def make(entry: Any) -> Entry:
         people = texts(entry["answers"])
@@ -227,16 +229,20 @@ def datasets(part: Part) -> Iterator[Entry]:
     """A folder saved by `datasets.save_to_disk`: columns for picture, question and answers as sources.yaml names them."""
     columns = part.source.columns
 
-    def make(row: Any) -> Entry:
+    def make(found: Any) -> Entry:
+        row, held = found
         given = row[columns["answers"]]
         answers = tuple(dict.fromkeys(texts([given] if isinstance(given, str) else given)))
-        image = row["image"]
-        image = image if row["unpacked"] else part.place.first(str(PurePosixPath(part.source.images) / image))
+        picture = row[columns["image"]]
+        if picture is None:
+            raise Skip("no_image")
+        inside = isinstance(picture, dict)
+        image = unpack(part, picture) if inside else part.place.first(str(PurePosixPath(part.source.images) / picture))
         question = _question(row[columns["question"]])
-        name = f"{PurePosixPath(image).stem}-{_digest(question, answers)}"
-        return replace(_asked(part, name, image, question, answers), held=row["held"])
+        name = f"{PurePosixPath(image).stem}-{_digest(image, question, answers)}"
+        return replace(_asked(part, name, image, question, answers), held=held)
 
-    return part.each(part.paths[0], saved_dataset(part), make)
+    return part.each(part.paths[0], saved_rows(part), make)
 
 
 READERS: dict[str, Reader] = {

@@ -7,14 +7,14 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from llava_collab.cmt.public.entries import Part, SourceError
 from llava_collab.files import write_bytes
 
 
-def saved_dataset(part: Part) -> Iterator[dict[str, Any]]:
-    """Rows of all splits, each with `image` (a path), `unpacked` (whether it came from inside) and `held` (any split but train).
+def saved_rows(part: Part) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Rows of all splits, and whether they are held (any split but train). A picture that lies inside is {"bytes", "path"}.
 
     Raises SourceError for a folder that is no saved dataset or lacks a column, and without the library.
     """
@@ -25,29 +25,30 @@ def saved_dataset(part: Part) -> Iterator[dict[str, Any]]:
     folder, columns = part.paths[0], part.source.columns
     try:
         loaded = library.load_from_disk(str(folder))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise SourceError(f"{folder}: not saved by datasets.save_to_disk ({error})") from error
     splits = dict(loaded) if isinstance(loaded, library.DatasetDict) else {"": loaded}
     for name, table in sorted(splits.items()):
         if missing := sorted(set(columns.values()) - set(table.column_names)):
             raise SourceError(f"{folder}: no column {missing}; there are {table.column_names}. Name them in sources.yaml")
-        column = columns["image"]
-        inside = isinstance(table.features[column], library.Image)
-        if inside:
-            table = table.cast_column(column, library.Image(decode=False))
+        if isinstance(table.features[columns["image"]], library.Image):
+            table = table.cast_column(columns["image"], library.Image(decode=False))
         held = part.held or name not in ("", "train")
         for row in table.select_columns(sorted(set(columns.values()))):
-            yield {**row, "image": _unpack(part, row[column]) if inside else row[column], "unpacked": inside, "held": held}
+            yield dict(row), held
 
 
-def _unpack(part: Part, picture: dict[str, Any]) -> str:
-    """Write a picture's own bytes under their digest, and give the path below the built folder."""
+def unpack(part: Part, picture: dict[str, Any]) -> str:
+    """Write a picture's own bytes under their digest, and give the path below the built folder.
+
+    Raises SourceError for a picture of which only the path was saved.
+    """
     data = picture["bytes"]
     if data is None:
-        raise SourceError(f"{part.paths[0]}: picture {picture['path']!r} was not saved inside; give the column of paths as text instead")
+        raise SourceError(f"picture {picture['path']!r} was not saved inside; give the column of paths as text instead")
     try:
         suffix = (Image.open(io.BytesIO(data)).format or "bin").lower()
-    except UnidentifiedImageError:
+    except (OSError, Image.DecompressionBombError):
         suffix = "bin"  # hashing it will fail, and count it
     image = f"unpacked/{part.source.name}/{hashlib.sha256(data).hexdigest()}.{suffix}"
     if not (part.place.out / image).is_file():

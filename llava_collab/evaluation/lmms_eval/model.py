@@ -8,7 +8,6 @@ but this package.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from llava_collab.evaluation.asking import ask
+from llava_collab.evaluation.evaluator import batches
 from llava_collab.evaluation.lmms_eval.messages import read_messages
 from llava_collab.types import Model, Request, Single
 
+DTYPES = ("stored", "float32", "bfloat16", "float16")
 MAX_NEW_TOKENS = 1024
 """Where a task names no limit; that of lmms-eval's own LLaVA."""
 
@@ -34,10 +35,13 @@ class LlavaCollab(lmms):
     def __init__(
         self, pretrained: str, batch_size: int | str = 1, device: str = "auto", dtype: str = "stored", max_errors: int | str = 0
     ) -> None:
-        """`pretrained`: model folder. `dtype`: stored, float32, bfloat16 or float16. `max_errors`: how many requests may fail; lmms-eval
-        has no word for "no answer" and scores it as a wrong one, so it is none by default. Raises what `load` raises.
+        """`pretrained`: model folder. `dtype`: one of DTYPES. `max_errors`: how many requests may fail; lmms-eval has no word for
+        "no answer" and scores it as a wrong one, so it is none by default. Raises ValueError for another `dtype`, and what `load` raises.
         """
         super().__init__()
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype}: has to be one of {', '.join(DTYPES)}")
+
         import torch
 
         from llava_collab.models.build import load, pick_device
@@ -53,28 +57,22 @@ class LlavaCollab(lmms):
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
         """One `GenerationResult` a request, in order. Raises RuntimeError where more than `max_errors` have no answer."""
         asked = [self._read(str(number), *request.args) for number, request in enumerate(requests)]
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for number, (request, _) in enumerate(asked):
-            groups[request.max_new_tokens, len(request.images)].append(number)
         results: dict[int, Any] = {}
         errors: list[str] = []
         with tqdm(total=len(asked), unit="item", desc="llava_collab", disable=self._rank != 0) as bar:
-            for group in groups.values():
-                group.sort(key=lambda number: sum(len(turn.text) for turn in asked[number][0].turns))
-                for at in range(0, len(group), self.batch_size):
-                    batch = group[at : at + self.batch_size]
-                    for number, answer in zip(batch, ask(self.model, [asked[number][0] for number in batch]), strict=True):
-                        errors += [f"{requests[number].args[4]}, document {requests[number].args[3]}: {answer.error}"] * bool(answer.error)
-                        usage = TokenCounts(input_tokens=answer.usage.prompt_tokens, output_tokens=answer.usage.generated_tokens)
-                        results[number] = GenerationResult(text=_cut(answer.text, asked[number][1]), token_counts=usage)
-                    bar.update(len(batch))
+            for batch in batches([request for request, _ in asked], self.batch_size):
+                for number, answer in zip((int(request.id) for request in batch), ask(self.model, batch), strict=True):
+                    errors += [f"{requests[number].args[4]}, document {requests[number].args[3]}: {answer.error}"] * bool(answer.error)
+                    usage = TokenCounts(input_tokens=answer.usage.prompt_tokens, output_tokens=answer.usage.generated_tokens)
+                    results[number] = GenerationResult(text=_cut(answer.text, asked[number][1]), token_counts=usage)
+                bar.update(len(batch))
         if len(errors) > self.max_errors:
             raise RuntimeError(f"{len(errors)} of {len(asked)} requests have no answer (max_errors={self.max_errors}): {errors[0]}")
         return [results[number] for number in range(len(asked))]
 
     def _read(
         self, number: str, _: str, messages: Any, options: Mapping[str, Any], doc: int, task: str, split: str
-    ) -> tuple[Any, list[str]]:
+    ) -> tuple[Request, list[str]]:
         """The request and its stop strings."""
         if options.get("do_sample") or options.get("num_beams", 1) != 1:
             raise ValueError(f"{task} asks for sampling or beams ({dict(options)}); answers are greedy here, set its generation_kwargs")
