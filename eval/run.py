@@ -23,6 +23,7 @@ from llava_collab.evaluation.baselines import BASELINES
 from llava_collab.evaluation.controls import blind, permute_images
 from llava_collab.evaluation.environment import environment
 from llava_collab.evaluation.evaluator import Summary, choose, evaluate
+from llava_collab.evaluation.metrics import Scorer
 from llava_collab.evaluation.ranks import Ranks, joined
 from llava_collab.evaluation.records import RecordError, model_sha256
 from llava_collab.evaluation.suite import SuiteError, load_suite
@@ -103,7 +104,7 @@ def main(args: Args, ranks: Ranks | None = None) -> Summary:
     samples = choose(samples, args.items_per_category, args.seed)
     samples = blind(samples) if args.blind else samples
     name = args.name or args.model + "+blind" * args.blind + "+permuted" * args.permute_images
-    model, about_model = _model(args, name, train, samples, ranks)
+    model, about_model = _model(args, name, train, samples, scorer, ranks)
     about_run = {"suite": suite.name, "seed": args.seed, "blind": args.blind, "permute_images": args.permute_images, "decoding": "greedy"}
     summary = evaluate(
         model,
@@ -123,10 +124,10 @@ def main(args: Args, ranks: Ranks | None = None) -> Summary:
     return summary
 
 
-def _model(args: Args, name: str, train: list[Sample], samples: list[Sample], ranks: Ranks) -> tuple[Model, dict[str, Any]]:
+def _model(args: Args, name: str, train: list[Sample], samples: list[Sample], scorer: Scorer, ranks: Ranks) -> tuple[Model, dict[str, Any]]:
     """The model and what identifies it: hash of its folder, of its chat template, its number type."""
     if args.model in BASELINES:
-        return BASELINES[args.model](train, samples, name), {"model_sha256": None, "prompt_template_sha256": None, "dtype": None}
+        return BASELINES[args.model](train, samples, scorer, name), {"model_sha256": None, "prompt_template_sha256": None, "dtype": None}
     folder = Path(args.model)
     # Cached features are bf16, which can move an answer.
     identity = {"model_sha256": model_sha256(folder), "dtype": args.dtype, "cached_features": args.feature_cache}

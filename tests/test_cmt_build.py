@@ -112,7 +112,7 @@ def test_scorer_fields(built):
             text = row["answers"][0].lower()
             assert all((phrase in text) == (kind != "false") for kind, phrases in row["checklist"].items() for phrase in phrases)
         if row["family"] == "inventory":
-            assert set(row["checklist"]) == {"objects", "attributes", "relations", "counts"}
+            assert set(row["checklist"]) == {"objects", "attributes", "relations", "counts", "false"}
         if row["category"] == "Visual Storytelling":
             sentences = re.findall(r"[^.]+\.", row["answers"][0])
             assert len(row["image"]) == 3 and len(sentences) == len(row["beats"]) == {"story": 3}.get(row["family"], 1)

@@ -11,8 +11,11 @@ import pytest
 from llava_collab.data.samples import Sample
 from llava_collab.evaluation import baselines
 from llava_collab.evaluation.baselines import BASELINES, blind, majority, ocr_rules, oracle
+from llava_collab.evaluation.metrics import Scorer
 from llava_collab.evaluation.reading import Line, Reader
 from llava_collab.types import Model, Request, Turn
+
+EXACT = Scorer({"c": "vqa", "other": "vqa"})
 
 
 def sample(number: int, prompt: str = "q", answer: str = "a", family: str = "f", category: str = "c", **meta: Any) -> Sample:
@@ -26,7 +29,7 @@ def answers(model: Model, asked: Sequence[Sample]) -> list[str]:
 def test_majority_answers_by_family_then_category() -> None:
     train = [sample(i, answer=a, family=f) for i, (a, f) in enumerate([("red", "x")] * 2 + [("2", "y")] * 3 + [("blue", "x")])]
     asked = [sample(10, family="x"), sample(11, family="new"), sample(12, category="other")]
-    model = majority(train, asked)
+    model = majority(train, asked, EXACT)
     assert isinstance(model, Model)
     found = model.generate([s.request() for s in asked] + [Request("stranger", ())])
     assert [a.text for a in found] == ["red", "2", "", ""]
@@ -35,10 +38,10 @@ def test_majority_answers_by_family_then_category() -> None:
 
 def test_ties_go_by_the_alphabet_and_training_answers_are_needed() -> None:
     train = [sample(1, answer="yes"), sample(2, answer="no")]
-    assert answers(majority(train, train), train[:1]) == answers(majority(train[::-1], train), train[:1]) == ["no"]
+    assert answers(majority(train, train, EXACT), train[:1]) == answers(majority(train[::-1], train, EXACT), train[:1]) == ["no"]
     for make in (majority, blind):
         with pytest.raises(ValueError, match="train file"):
-            make([], train)
+            make([], train, EXACT)
 
 
 def test_the_blind_guesser_finds_every_leak_of_the_wording() -> None:
@@ -60,13 +63,13 @@ def test_the_blind_guesser_finds_every_leak_of_the_wording() -> None:
         sample(903, "fox or mouse?", "fox", "usual", choices=["mouse", "fox"]),
         sample(904, "What?", "y", "none"),
     ]
-    assert answers(blind(train, asked), asked) == ["green", "answer 3", "cat77", "fox", "x"]
+    assert answers(blind(train, asked, EXACT), asked) == ["green", "answer 3", "cat77", "fox", "x"]
 
 
 def test_the_blind_guesser_sees_no_options_that_only_the_picture_shows() -> None:
     train = [sample(i, "Which bar is the highest?", f"bar{i}", choices=[f"bar{i}", "low"]) for i in range(20)]
     asked = [sample(99, "Which bar is the highest?", "bar99", choices=["bar99", "low"])]
-    assert answers(blind(train, asked), asked) == ["bar0"]
+    assert answers(blind(train, asked, EXACT), asked) == ["bar0"]
 
 
 def test_the_oracle_needs_the_truth() -> None:
@@ -76,7 +79,7 @@ def test_the_oracle_needs_the_truth() -> None:
         sample(2, family="name"),
         sample(3, family="which", slots={"a": "a", "b": "b"}, truth=truth),
     ]
-    found = oracle([], asked).generate([one.request() for one in asked])
+    found = oracle([], asked, EXACT).generate([one.request() for one in asked])
     assert found[0].text == "camel" and found[0].error is None
     assert "carries no truth" in str(found[1].error) and "which" in str(found[2].error)
 
@@ -113,10 +116,17 @@ def test_ocr_answers_by_rules_and_guesses_where_nothing_is_read(monkeypatch: pyt
     asked = [sample(20, family="sign", slots={}), sample(21, family="sign", slots={}), sample(22, family="name")]
     read = {"20.png": [line("TAXI", 112, 90)], "21.png": []}
     monkeypatch.setattr(baselines, "read_lines", lambda path: read[path.name])
-    assert answers(ocr_rules(train, asked), asked) == ["TAXI", "STOP", "dog"]
+    assert answers(ocr_rules(train, asked, EXACT), asked) == ["TAXI", "STOP", "dog"]
 
 
 @pytest.mark.parametrize("name", list(BASELINES))
 def test_every_baseline_carries_its_label(name: str) -> None:
     train = [sample(1, family="name", slots={}, truth=[{"objects": [{"name": "a", "box": [0, 0, 1, 1], "large": True}]}])]
-    assert BASELINES[name](train, train, "label").generate([train[0].request()])[0].model == "label"
+    assert BASELINES[name](train, train, EXACT, "label").generate([train[0].request()])[0].model == "label"
+
+
+def test_a_constant_text_that_is_partly_right_is_found() -> None:
+    """No whole answer comes twice, but a sentence does."""
+    train = [sample(i, answer=f"alpha{i} beta{i} gamma{i} delta{i}. There are two objects.") for i in range(20)]
+    asked = [sample(99, answer="alpha99 beta99 gamma99 delta99. There are two objects.")]
+    assert answers(blind(train, asked, Scorer({"c": "rouge_l"})), asked) == ["There are two objects."]

@@ -30,7 +30,7 @@ from llava_collab.cmt.splits import SPLITS, group_rng
 from llava_collab.files import write_bytes, write_json, write_text
 
 log = logging.getLogger(__name__)
-VERSION = "2.0"  # raise it whenever a change alters any item: finished parts of another version are not reused
+VERSION = "2.1"  # raise it whenever a change alters any item: finished parts of another version are not reused
 
 PUBLISHED: dict[str, str] = json.loads(Path(__file__).with_name("packages.json").read_text(encoding="utf-8"))
 """Package -> hash of the files that edition VERSION uses of it."""
