@@ -150,6 +150,21 @@ class Pack:
 
 
 @dataclass(frozen=True)
+class PackAnswers:
+    """Copy the released models' answers to the test items into the tree, compressed: what `check` compares with."""
+
+    runs: Path
+    """Folder of the sweep; the answers are in its folder `test`."""
+    answers: Path = ANSWERS
+    """Folder to write."""
+
+    def run(self) -> int:
+        for name in MODELS:
+            pack(self.runs / "test" / name, self.answers / name)
+        return 0
+
+
+@dataclass(frozen=True)
 class Cards:
     """Write README.md into each released folder: data, command, hardware, time, seeds, scores, limits, licence."""
 
@@ -320,6 +335,7 @@ Job = (
     Annotated[Tables, subcommand("tables")]
     | Annotated[Check, subcommand("check")]
     | Annotated[Pack, subcommand("pack")]
+    | Annotated[PackAnswers, subcommand("pack-answers")]
     | Annotated[Cards, subcommand("cards")]
 )
 

@@ -50,5 +50,10 @@ delta start llava-smol-start --base "$CHECKPOINTS/llava-smol-align"
 delta hyperllava/seed-0 hyperllava-smol --base "$CHECKPOINTS/llava-smol-start"
 delta llava/seed-0 llava-smol --base "$CHECKPOINTS/llava-smol-start"
 delta matched-lora/seed-0 llava-smol-matched-lora --base "$CHECKPOINTS/llava-smol-start"
+for name in hyperllava-smol llava-smol llava-smol-matched-lora; do # what --check asks again
+  python eval/run.py --model "$CHECKPOINTS/$name" --name "$name" --suite eval/suites/cmt-open.yaml --split test --dtype float32 \
+    --feature-cache --batch-size 32 --out "$OUT/test/$name"
+done
+python eval/release.py pack-answers --runs "$OUT"
 python eval/release.py cards --runs "$OUT" --records "$RECORDS" --checkpoints "$CHECKPOINTS"
 python eval/release.py tables --records "$RECORDS"

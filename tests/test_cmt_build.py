@@ -149,6 +149,15 @@ def test_interrupted_build_resumes_to_the_same_bytes(built, world, tmp_path):
     assert outputs[0] == outputs[1]
 
 
+def test_a_split_that_is_not_asked_for_stays(built, world, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(built, copy)
+    build_cmt(copy, **{**SIZES, "val": 0, "train": 147}, workers=1, world=world)
+    assert (copy / "val.jsonl").read_bytes() == (built / "val.jsonl").read_bytes()
+    manifests = [json.loads((folder / "manifest.json").read_text())["splits"] for folder in (built, copy)]
+    assert manifests[0]["val"] == manifests[1]["val"] and manifests[1]["train"]["items"] == 147
+
+
 def test_other_sources_start_afresh(built, world, tmp_path):
     """Parts made from other source files carry another fingerprint and are not mixed in."""
     copy = tmp_path / "copy"

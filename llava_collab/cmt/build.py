@@ -27,7 +27,7 @@ from llava_collab.cmt.families import BY_NAME, CATEGORIES, Category
 from llava_collab.cmt.items import SIZE, Group, Pool, Question, pool_of
 from llava_collab.cmt.sources import PACKAGES, World, read_world
 from llava_collab.cmt.splits import SPLITS, group_rng
-from llava_collab.files import write_bytes, write_json, write_text
+from llava_collab.files import read_json, write_bytes, write_json, write_text
 
 log = logging.getLogger(__name__)
 VERSION = "2.1"  # raise it whenever a change alters any item: finished parts of another version are not reused
@@ -53,7 +53,8 @@ def build_cmt(
 ) -> Path:
     """Write `out/{train,val,test,decision,test-object,test-template}.jsonl` with `out/images/`, `manifest.json` and `README.md`.
 
-    The sizes are numbers of items, spread evenly over the seven categories. `world` replaces the real assets (for tests).
+    The sizes are numbers of items, spread evenly over the seven categories; a split of size 0 that is there already stays. `world` replaces
+    the real assets (for tests).
     Raises ValueError for sizes or workers that make no sense, and if the assets are incomplete.
     """
     sizes = dict(zip(SPLITS, (train, val, test, decision, test_object, test_template), strict=True))
@@ -78,13 +79,25 @@ def build_cmt(
         parts[split, name].add(group, images, rows)
     for part in parts.values():
         part.close()
+    earlier = _earlier(out, world)
     summary = {}
     for split in SPLITS:
+        if not sizes[split] and split in earlier:
+            summary[split] = earlier[split]  # nothing was asked of it now: its items stay
+            continue
         rows = list(_interleaved([parts[split, name].rows(quotas[split, name]) for name in CATEGORIES])) if sizes[split] else []
         pixels = {file: sha for name in CATEGORIES if sizes[split] for file, sha in parts[split, name].pixels.items()}
         summary[split] = _write_split(out, split, rows, pixels)
     _write_manifest(out, world, summary)
     return out
+
+
+def _earlier(out: Path, world: World) -> dict[str, Any]:
+    """Splits that an earlier build of the same edition and sources left in this folder."""
+    manifest = read_json(out / "manifest.json") if (out / "manifest.json").is_file() else {}
+    if manifest.get("edition") != VERSION or manifest.get("packages_sha256") != world.packages:
+        return {}
+    return {split: info for split, info in manifest["splits"].items() if info["items"] and (out / f"{split}.jsonl").is_file()}
 
 
 def _quota(total: int, index: int) -> int:

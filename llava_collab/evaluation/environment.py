@@ -10,7 +10,7 @@ import time
 from importlib import metadata
 from typing import Any
 
-PACKAGES = ("llava-collab", "torch", "transformers", "tokenizers", "numpy", "pillow", "rouge-score", "sacrebleu")
+PACKAGES = ("llava-collab", "torch", "transformers", "tokenizers", "numpy", "pillow", "rouge-score", "sacrebleu", "rapidocr", "onnxruntime")
 
 
 def environment(**more: Any) -> dict[str, Any]:
