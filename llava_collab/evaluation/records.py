@@ -83,9 +83,9 @@ def settle(folder: Path, batches: Sequence[Sequence[str]], *, final: bool) -> No
         if row["sample_id"] not in rows or rows[row["sample_id"]]["status"] == "error":
             rows[row["sample_id"]] = row
     kept = [rows[sample_id] for batch in batches if final or rows.keys() >= set(batch) for sample_id in batch if sample_id in rows]
-    text = "".join(dump(row) for row in kept if final or row["status"] == "ok")
-    if not path.is_file() or text.encode() != path.read_bytes():
-        write_text(path, text)
+    kept = [row for row in kept if final or row["status"] == "ok"]
+    if not path.is_file() or "".join(map(dump, kept)).encode() != path.read_bytes():
+        write_rows(folder, kept)
     for part in parts:
         part.unlink()
 
