@@ -38,10 +38,10 @@ def run_here(recipe: str, data: Path, out: Path, *overrides: str) -> int:
     return program().main(arguments(recipe, data, out, *overrides))
 
 
-def run_apart(command: list[str]) -> subprocess.CompletedProcess[str]:
+def run_apart(command: list[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run a Python command line in a process of its own, from the repository root, on one thread."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def log_rows(out: Path) -> list[dict[str, Any]]:

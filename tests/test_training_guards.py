@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from llava_collab.training.components import gradient_norms
+from llava_collab.training.engines import DataParallel
 from llava_collab.training.guards import Coverage, CoverageError, NonFiniteError, check_finite
 from llava_collab.training.log import ExpertHealth
 
@@ -45,6 +46,12 @@ def test_non_finite_gradient_alone_names_all_samples(tmp_path: Path) -> None:
     check_finite(1, 0.5, [torch.tensor(0.5)], [["a", "b"]], gradient_norms(toy), accelerator, tmp_path)
 
 
+def _engine(toy: dict[str, nn.Parameter]) -> DataParallel:
+    engine = DataParallel(None, Accelerator(cpu=True))
+    engine.trainable = toy
+    return engine
+
+
 def _run(coverage: Coverage, toy: dict[str, nn.Parameter], move: set[str], steps: int, images: bool = True, rate: float = 0.1) -> None:
     for step in range(1, steps + 1):
         coverage.after_backward(step, set(), images)
@@ -57,37 +64,37 @@ def _run(coverage: Coverage, toy: dict[str, nn.Parameter], move: set[str], steps
 def test_a_parameter_without_gradient_is_named() -> None:
     toy = _toy() | {UNUSED: nn.Parameter(torch.ones(2))}
     with pytest.raises(CoverageError, match=f"1 trainable parameters got no gradient: {UNUSED}"):
-        Coverage(toy).after_backward(1, {UNUSED}, has_images=True)
+        Coverage(_engine(toy)).after_backward(1, {UNUSED}, has_images=True)
 
 
 def test_image_parts_count_from_the_first_images() -> None:
     toy, coverage = _toy(), None
-    coverage = Coverage(toy)
+    coverage = Coverage(_engine(toy))
     coverage.after_backward(1, {PROJECTOR}, has_images=False)
     with pytest.raises(CoverageError, match=PROJECTOR):
         coverage.after_backward(2, {PROJECTOR}, has_images=True)
-    _run(Coverage(toy), toy, {HEAD}, 6, images=False)  # the projector may stand still as long as no image comes
+    _run(Coverage(_engine(toy)), toy, {HEAD}, 6, images=False)  # the projector may stand still as long as no image comes
     assert PROJECTOR in coverage.unchecked()[0]
 
 
 def test_a_parameter_that_stands_still_is_named_after_three_steps() -> None:
     toy = _toy()
-    _run(Coverage(toy), toy, {HEAD}, 2)
+    _run(Coverage(_engine(toy)), toy, {HEAD}, 2)
     with pytest.raises(CoverageError, match=f"step 3: 1 trainable parameters have not moved after 3 steps: {PROJECTOR}"):
-        _run(Coverage(toy), toy, {HEAD}, 3)
+        _run(Coverage(_engine(toy)), toy, {HEAD}, 3)
 
 
 def test_steps_without_a_rate_and_exempt_parts_do_not_count() -> None:
     toy = _toy()
-    _run(Coverage(toy), toy, set(), 5, rate=0.0)
-    coverage = Coverage(toy, exempt=frozenset({"projector"}))
+    _run(Coverage(_engine(toy)), toy, set(), 5, rate=0.0)
+    coverage = Coverage(_engine(toy), exempt=frozenset({"projector"}))
     _run(coverage, toy, {HEAD}, 4)
     assert coverage.unchecked() == []
 
 
 def test_a_rate_too_small_to_see_is_waited_for() -> None:
     toy = _toy()
-    _run(Coverage(toy), toy, {HEAD}, 5, rate=1e-7)  # 1 - 1e-7 may round to 1 in fp32: no alarm yet
+    _run(Coverage(_engine(toy)), toy, {HEAD}, 5, rate=1e-7)  # 1 - 1e-7 may round to 1 in fp32: no alarm yet
 
 
 def test_an_expert_that_drowns_the_model_is_told_once_until_it_falls() -> None:

@@ -26,6 +26,7 @@ from llava_collab.training.components import (
     parameter_groups,
     table,
 )
+from llava_collab.training.engines import DataParallel
 from llava_collab.training.recipe import OptimRecipe, TuneRecipe
 from llava_collab.training.step import Counts, EmptyStepError, accumulate, count, reduce_gradients, total_loss
 
@@ -47,13 +48,14 @@ def test_loss_and_gradient_do_not_depend_on_the_cut(tmp_path: Path, accelerator:
     dataset = ConversationDataset(read_samples(write_shapes(tmp_path, 8)), processor, max_length=256)
     samples = [dataset[i] for i in range(8)]
     assert len({int((s["labels"] != -100).sum()) for s in samples}) > 2, "ragged labels, or the test proves nothing"
-    found = {}
+    engine = DataParallel(None, accelerator)
+    engine.model, engine.trainable, found = model, trainable, {}
     for size in (8, 4, 1):
         micro_batches = MicroBatches(Collator(processor.tokenizer.pad_token_id), size)(samples)
         assert len(micro_batches) == 8 // size
         counts = count(micro_batches, accelerator)
         model.zero_grad()
-        losses = accumulate(model, micro_batches, counts.supervised, accelerator)
+        losses = accumulate(engine, micro_batches, counts.supervised)
         assert reduce_gradients(trainable, accelerator) == set()
         found[size] = total_loss(losses, accelerator), {name: g.clone() for name, p in trainable.items() if (g := p.grad) is not None}
         assert (counts.samples, counts.images) == (8, 7)

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,16 @@ from llava_collab.data.dataset import TooManyBadSamples
 from llava_collab.files import read_json, write_json
 from llava_collab.training.batches import Batches, open_batches
 from llava_collab.training.checkpoint import CheckpointError, Checkpoints
-from llava_collab.training.components import IMAGE_ONLY, clip, gradient_norms, learning_rate_factor, parameter_groups, table
+from llava_collab.training.components import IMAGE_ONLY, learning_rate_factor, table
+from llava_collab.training.engines import DataParallel
+from llava_collab.training.engines import engine as choose_engine
 from llava_collab.training.guards import Coverage, CoverageError, NonFiniteError, check_finite
 from llava_collab.training.log import ExpertHealth, RunLog
 from llava_collab.training.opening import Student, exclusive, finish, open_run, open_student, start
 from llava_collab.training.recipe import Recipe, RecipeError
 from llava_collab.training.recipe_file import parse_command
-from llava_collab.training.state import load_optimizer, load_random, save_optimizer, save_random
-from llava_collab.training.step import Counts, EmptyStepError, accumulate, count, reduce_gradients, same_start, total_loss
+from llava_collab.training.state import load_moments, load_random, save_moments, save_random
+from llava_collab.training.step import Counts, EmptyStepError, accumulate, count, level, total_loss
 from llava_collab.training.stop import Stopper
 
 
@@ -43,8 +44,8 @@ class Run:
     recipe: Recipe
     accelerator: Accelerator
     student: Student
+    engine: DataParallel
     batches: Batches
-    optimizer: torch.optim.Optimizer
     checkpoints: Checkpoints
     steps: int
 
@@ -59,23 +60,23 @@ def train(recipe: Recipe) -> int:
 
     # The model, and which of its parts learn
     student = open_student(recipe, saved, accelerator.device)
-    same_start(student.trainable, accelerator)
     accelerator.print(table(student.model))
 
-    # Data, optimiser, and how far an earlier start came
-    batches = open_batches(recipe, student, accelerator)
+    # Data, the engine with its optimiser, and how far an earlier start came
+    engine = choose_engine(recipe, accelerator)
+    batches = open_batches(recipe, student, accelerator, engine.lockstep)
     steps = recipe.run.steps or math.ceil((recipe.run.epochs or 0) * batches.steps_per_epoch)
-    groups = parameter_groups(student.trainable, recipe.optim)
-    optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas, eps=recipe.optim.eps, fused=True)
-    run = Run(recipe, accelerator, student, batches, optimizer, checkpoints, steps)
+    engine.start(student.model, student.trainable)
+    run = Run(recipe, accelerator, student, engine, batches, checkpoints, steps)
     done = resume(run, saved) if saved else 0
     accelerator.print(f"{batches.samples:,} samples, {steps:,} steps of {recipe.run.batch_size}, from step {done + 1}")
 
     # The loop, then a plain model folder
     code = learn(run, done)
+    weights = student.gather(engine) if code == 0 else {}
     if code == 0 and accelerator.is_main_process:
         merged = "" if student.tuner is None else " (adapters merged into the base; the last checkpoint keeps them apart)"
-        print(f"finished: the model is in {finish(recipe, student, steps)}{merged}")
+        print(f"finished: the model is in {finish(recipe, student, engine, weights, steps)}{merged}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return code
@@ -83,11 +84,11 @@ def train(recipe: Recipe) -> int:
 
 def learn(run: Run, done: int) -> int:
     """Steps `done` + 1 to the last; returns 0, or the exit code of an early stop (after saving)."""
-    recipe, accelerator, trainable, optimizer = run.recipe, run.accelerator, run.student.trainable, run.optimizer
+    recipe, accelerator, engine = run.recipe, run.accelerator, run.engine
     exempt = IMAGE_ONLY if recipe.data.blind else frozenset()
     if exempt:
         accelerator.print(f"blind run: {', '.join(sorted(exempt))} see no image, so they are not expected to learn")
-    coverage = Coverage(trainable, exempt)
+    coverage = Coverage(engine, exempt)
     health = ExpertHealth(run.student.model)
     stopper = Stopper(recipe.run.deadline_minutes)
     log = RunLog(Path(recipe.run.out), done, run.steps, accelerator.is_main_process)
@@ -100,18 +101,17 @@ def learn(run: Run, done: int) -> int:
             health.watch(logged)
 
             # The gradient: of the loss over all supervised tokens of the step, on all ranks
-            losses = accumulate(run.student.model, micro_batches, counts.supervised, accelerator)
-            missing = reduce_gradients(trainable, accelerator)
-            loss, norms = total_loss(losses, accelerator), gradient_norms(trainable)
+            micro_batches = level(micro_batches, run.batches.idle, accelerator)
+            losses = accumulate(engine, micro_batches, counts.supervised)
+            missing = engine.reduce()
+            loss, norms = total_loss(losses, accelerator), engine.norms()
             sample_ids = [batch["sample_ids"] for batch in micro_batches]
             check_finite(step, loss, losses, sample_ids, norms, accelerator, Path(recipe.run.out))
             coverage.after_backward(step, missing, counts.images > 0)
 
             # The update
-            clip(trainable, norms, recipe.optim)
-            rates = set_rates(optimizer, learning_rate_factor(step, run.steps, recipe.optim.warmup_ratio))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            rates = set_rates(engine.param_groups, learning_rate_factor(step, run.steps, recipe.optim.warmup_ratio))
+            engine.update(norms)
             coverage.after_step(step, rates, counts.images > 0)
 
             row = log_row(step, loss, rates, norms, counts, time.perf_counter() - began) | {"skipped": run.batches.skipped}
@@ -123,7 +123,7 @@ def learn(run: Run, done: int) -> int:
 
             stopped = counts.stop > 0
             if step % recipe.run.save_every == 0 or step == run.steps or stopped or (recipe.run.save_first and step == 1):
-                log.say(f"saved {run.checkpoints.save(step, partial(write, run=run, step=step), trainable)}")
+                log.say(f"saved {save(run, step)}")
             if stopped and step < run.steps:
                 log.say(f"stopped after step {step} of {run.steps}; run the same command to go on")
                 return stopper.exit_code
@@ -135,11 +135,11 @@ def learn(run: Run, done: int) -> int:
     return 0
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
+def set_rates(groups: list[dict[str, Any]], factor: float) -> dict[str, float]:
     """Set every group's learning rate to its peak times `factor`; returns the rate by part."""
-    for group in optimizer.param_groups:
+    for group in groups:
         group["lr"] = group["peak_lr"] * factor
-    return {group["component"]: group["lr"] for group in optimizer.param_groups}
+    return {group["component"]: group["lr"] for group in groups}
 
 
 def log_row(
@@ -162,19 +162,24 @@ def log_row(
     }
 
 
-def write(folder: Path, run: Run, step: int) -> None:
-    """All that a checkpoint holds: random states of every rank, the rest from the main process."""
-    save_random(folder, run.accelerator.process_index)
-    if run.accelerator.is_main_process:
-        run.student.write(folder)
-        save_optimizer(run.optimizer, run.student.trainable, folder)
-        write_json(folder / "state.json", {"step": step, "batches": run.batches.state_dict(), "torch": torch.__version__})
+def save(run: Run, step: int) -> Path:
+    """A checkpoint: random states of every rank, the rest from the main process."""
+    weights, moments = run.student.gather(run.engine), run.engine.moments()  # ranks meet here
+
+    def write(folder: Path) -> None:
+        save_random(folder, run.accelerator.process_index)
+        if run.accelerator.is_main_process:
+            run.student.write(folder, run.engine, weights)
+            save_moments(moments, folder)
+            write_json(folder / "state.json", {"step": step, "batches": run.batches.state_dict(), "torch": torch.__version__})
+
+    return run.checkpoints.save(step, write, {name: weights[name] for name in run.student.trainable if name in weights})
 
 
 def resume(run: Run, saved: Path) -> int:
     """Put everything back as it was when `saved` was written (the weights already are); returns its step."""
     state = read_json(saved / "state.json")
-    load_optimizer(run.optimizer, run.student.trainable, saved)
+    run.engine.set_moments(load_moments(saved, run.student.trainable))
     run.batches.load_state_dict(state["batches"])
     if not load_random(saved, run.accelerator.process_index):
         print(f"rank {run.accelerator.process_index}: {saved} was written by fewer ranks; dropout here starts from the seed again")

@@ -12,18 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from llava_collab.data.collate import Collator
+from llava_collab.data.collate import Batch, Collator
+from llava_collab.data.conversation import IGNORE_INDEX, IMAGE_MARK
 from llava_collab.data.dataset import ConversationDataset
 from llava_collab.data.sampler import GroupedBatchSampler
 from llava_collab.data.samples import Sample, read_samples
 from llava_collab.models.build import feature_cache
 from llava_collab.training.recipe import DataRecipe, Recipe, RecipeError
+from llava_collab.types import Turn
 
 if TYPE_CHECKING:
     from llava_collab.training.opening import Student
 
+IMAGES = ("pixel_values", "image_features")
 LOADER_TIMEOUT = 1800  # seconds: a worker that gives nothing for so long is stuck
 
 
@@ -33,11 +37,25 @@ class MicroBatches:
 
     collator: Collator
     size: int
+    idle: dict[str, Any] | None = None
+    """Where ranks have to keep step: a sample that teaches nothing, with an image, for batches without one."""
 
-    def __call__(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def __call__(self, samples: list[dict[str, Any]]) -> list[Batch]:
         """Batches of at most `size` samples; none for an empty share."""
         samples = sorted(samples, key=lambda sample: len(sample["input_ids"]))
-        return [self.collator(samples[k : k + self.size]) for k in range(0, len(samples), self.size)]
+        return [self._batch(samples[k : k + self.size]) for k in range(0, len(samples), self.size)]
+
+    def idle_batch(self) -> Batch | None:
+        """A batch that runs every module and adds nothing to loss or gradient; None where ranks need not keep step."""
+        return None if self.idle is None else self.collator([self.idle])
+
+    def _batch(self, samples: list[dict[str, Any]]) -> Batch:
+        if self.idle is None or any(key in sample for sample in samples for key in IMAGES) or not any(key in self.idle for key in IMAGES):
+            return self.collator(samples)
+        batch = self.collator([*samples, self.idle])
+        batch["idle_rows"] = 1
+        batch["sample_ids"].pop()
+        return batch
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,8 @@ class Batches:
             timeout=LOADER_TIMEOUT if workers else 0,
             generator=torch.Generator().manual_seed(recipe.run.seed),  # else each start draws from the generator that dropout uses
         )
-        self._steps: Iterator[list[dict[str, Any]]] | None = None
+        self.idle = collate.idle_batch()
+        self._steps: Iterator[list[Batch]] | None = None
         self._taken = 0
 
     @property
@@ -86,7 +105,7 @@ class Batches:
         """Samples found bad so far, on this rank."""
         return sum(len(ids) for ids in self._dataset.skipped.values())
 
-    def next_step(self) -> list[dict[str, Any]]:
+    def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next optimiser step (an empty list where a last, small step leaves it nothing)."""
         if self._steps is None:
             self._steps = iter(self._loader)
@@ -103,8 +122,11 @@ class Batches:
         self._taken = self._sampler.step
 
 
-def open_batches(recipe: Recipe, student: Student, accelerator: Accelerator) -> Batches:
-    """Read the recipe's files, fill the feature cache if asked for, and stand before the first step."""
+def open_batches(recipe: Recipe, student: Student, accelerator: Accelerator, lockstep: bool = False) -> Batches:
+    """Read the recipe's files, fill the feature cache if asked for, and stand before the first step.
+
+    lockstep: every rank has to run every module equally often.
+    """
     samples = read_all(recipe.data)
     cache = None
     if recipe.data.feature_cache and not recipe.data.blind:
@@ -121,8 +143,23 @@ def open_batches(recipe: Recipe, student: Student, accelerator: Accelerator) -> 
     )
     tokenizer = student.processor.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collate = MicroBatches(Collator(pad), recipe.run.micro_batch_size)
+    collate = MicroBatches(Collator(pad), recipe.run.micro_batch_size, idle_sample(student, recipe.data) if lockstep else None)
     return Batches(dataset, collate, recipe, accelerator.process_index, accelerator.num_processes)
+
+
+def idle_sample(student: Student, data: DataRecipe) -> dict[str, Any]:
+    """A sample of one blank image without a supervised token, as the dataset would give it."""
+    turns = (Turn("user", "." if data.blind else f"{IMAGE_MARK}\n."), Turn("assistant", "."))
+    text = student.processor.encode_text(turns, n_images=int(not data.blind), max_length=None, sample_id="idle")
+    ids = torch.tensor(text.input_ids)
+    sample = {"sample_id": "", "category": "", "input_ids": ids, "labels": torch.full_like(ids, IGNORE_INDEX)}
+    sample["guidance_mask"] = torch.tensor(text.guidance_mask)
+    if data.blind:
+        return sample
+    if data.feature_cache:
+        width = student.model.get_submodule("model.multi_modal_projector").linear_1.in_features
+        return sample | {"image_features": torch.zeros(1, int((ids == student.model.config.image_token_id).sum()), width)}
+    return sample | {"pixel_values": student.processor.pixel_values([Image.new("RGB", (32, 32))])}
 
 
 def read_all(data: DataRecipe) -> list[Sample]:

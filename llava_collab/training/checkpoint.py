@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +21,6 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 
 from llava_collab.files import publish, read_json, sha256, sync_files, write_json, write_text
-from llava_collab.training.components import Named
 
 MANIFEST = "manifest.json"
 
@@ -53,8 +52,9 @@ class Checkpoints:
             raise CheckpointError(f"every checkpoint in {self.folder} is damaged. Restore one, or delete the folder to start afresh.")
         return None
 
-    def save(self, step: int, write: Callable[[Path], None], trainable: Named) -> Path:
-        """Make `step-<step>`: every rank calls `write(folder)` (a rank other than the first writes only files of its own).
+    def save(self, step: int, write: Callable[[Path], None], weights: Mapping[str, torch.Tensor]) -> Path:
+        """Make `step-<step>`: every rank calls `write(folder)` (a rank other than the first writes only files of its own), in which ranks
+        must not wait for each other. `weights`: what has to be found there, on the main process.
 
         Raises CheckpointError, on all ranks, if the folder can't be written or read back; earlier checkpoints stay as they are.
         """
@@ -62,13 +62,13 @@ class Checkpoints:
         main = self.accelerator.is_main_process
         self._together(lambda: _fresh(temporary) if main else None, temporary)
         self._together(lambda: write(temporary), temporary)
-        self._together(lambda: self._finish(temporary, final, trainable) if main else None, temporary)
+        self._together(lambda: self._finish(temporary, final, weights) if main else None, temporary)
         return final
 
-    def _finish(self, temporary: Path, final: Path, trainable: Named) -> None:
+    def _finish(self, temporary: Path, final: Path, weights: Mapping[str, torch.Tensor]) -> None:
         sync_files(temporary)
         write_manifest(temporary)
-        verify(temporary, trainable)
+        verify(temporary, weights)
         publish(temporary, final)
         write_text(self.folder / "latest", final.name + "\n")
         steps = self._steps()
@@ -117,8 +117,8 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def verify(folder: Path, trainable: Named) -> None:
-    """Re-open the weights of a saved folder: every parameter given must be there, bit for bit. Raises ValueError.
+def verify(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Re-open the weights of a saved folder: every tensor given must be there, bit for bit. Raises ValueError.
 
     Compared by content, since names on disk are those of stock LLaVA.
     """
@@ -127,7 +127,7 @@ def verify(folder: Path, trainable: Named) -> None:
         if not path.name.startswith(("optimizer", "random")):
             with safe_open(path, framework="pt") as file:
                 found |= {_content(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    if lost := sorted(name for name, parameter in trainable.items() if _content(parameter.detach().cpu()) not in found):
+    if lost := sorted(name for name, weight in weights.items() if _content(weight.detach().cpu()) not in found):
         raise ValueError(f"{folder}: these parameters are not in the saved files as they are in memory: {', '.join(lost[:5])}")
 
 

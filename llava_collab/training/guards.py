@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava_collab.files import write_json
-from llava_collab.training.components import IMAGE_ONLY, Named, component_of
+from llava_collab.training.components import IMAGE_ONLY, component_of
+
+if TYPE_CHECKING:
+    from llava_collab.training.engines import DataParallel
 
 
 class NonFiniteError(RuntimeError):
@@ -67,11 +71,12 @@ class Coverage:
 
     MOVE_STEPS = 3
 
-    def __init__(self, trainable: Named, exempt: frozenset[str] = frozenset()) -> None:
-        self.trainable = {name: p for name, p in trainable.items() if component_of(name) not in exempt}
-        self.need_gradient = set(self.trainable)
-        self.need_move = set(self.trainable)
-        self._start = {name: _fingerprint(p) for name, p in self.trainable.items()}
+    def __init__(self, engine: DataParallel, exempt: frozenset[str] = frozenset()) -> None:
+        self.engine = engine
+        names = [name for name in engine.trainable if component_of(name) not in exempt]
+        self.need_gradient = set(names)
+        self.need_move = set(names)
+        self._start = {name: _fingerprint(engine.local(name)) for name in names}
         self._steps = {False: 0, True: 0}  # steps with a positive rate: all, and those with images
 
     def after_backward(self, step: int, missing: set[str], has_images: bool) -> None:
@@ -91,15 +96,13 @@ class Coverage:
             return
         self._steps[False] += 1
         self._steps[True] += has_images
-        bad = []
-        for name in sorted(self.need_move):
-            parameter = self.trainable[name]
-            if self._steps[_image_only(name)] < self.MOVE_STEPS:
-                continue
-            if _fingerprint(parameter) != self._start[name]:
-                self.need_move.discard(name)
-            elif rates[component_of(name)] > 4 * torch.finfo(parameter.dtype).eps * float(parameter.detach().abs().max()):
-                bad.append(name)  # a smaller rate may be rounded away: look again at the next step
+        due = [name for name in sorted(self.need_move) if self._steps[_image_only(name)] >= self.MOVE_STEPS]
+        moved = self.engine.anywhere([_fingerprint(self.engine.local(name)) != self._start[name] for name in due])
+        still = [name for name, has in zip(due, moved, strict=True) if not has]
+        self.need_move -= set(due) - set(still)
+        # A rate that is small beside a weight may be rounded away: look again at the next step
+        large = self.engine.anywhere([rates[component_of(name)] > _least(self.engine.local(name)) for name in still])
+        bad = [name for name, is_large in zip(still, large, strict=True) if is_large]
         if bad:
             raise CoverageError(
                 f"step {step}: {len(bad)} trainable parameters have not moved after {self.MOVE_STEPS} steps: {_listed(bad)}. Their "
@@ -118,10 +121,15 @@ def _image_only(name: str) -> bool:
     return component_of(name) in IMAGE_ONLY
 
 
-def _fingerprint(parameter: nn.Parameter) -> int:
+def _least(parameter: Tensor) -> float:
+    """The smallest step that is sure to change the largest weight; infinite where a rank holds no part of a parameter."""
+    return 4 * torch.finfo(parameter.dtype).eps * float(parameter.abs().max()) if parameter.numel() else math.inf
+
+
+def _fingerprint(parameter: Tensor) -> int:
     """Sum of the bit patterns: changes when the values do (but for coincidences), without keeping a copy."""
     integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[parameter.element_size()]
-    return int(parameter.detach().contiguous().view(integer).sum(dtype=torch.int64))
+    return int(parameter.contiguous().view(integer).sum(dtype=torch.int64))
 
 
 def _listed(names: list[str], limit: int = 20) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +25,9 @@ from llava_collab.training.components import EXPERTS, Named, cast_frozen, choose
 from llava_collab.training.lora import add_adapters, merge_adapters, quantise, require_4bit
 from llava_collab.training.recipe import Recipe, RecipeError
 from llava_collab.training.recipe_file import load_recipe, refuse_other_recipe, save_recipe
+
+if TYPE_CHECKING:
+    from llava_collab.training.engines import DataParallel
 
 TRAINABLE = "trainable.safetensors"
 
@@ -85,17 +88,21 @@ class Student:
     trainable: Named
     tuner: LoraModel | None
 
-    def write(self, folder: Path) -> None:
-        """The weights for a checkpoint: a loadable model folder; with adapters only what is trained (the base can be built again)."""
+    def gather(self, engine: DataParallel) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of the weights, on the main process ({} elsewhere): all; with adapters those that are trained."""
+        return engine.gather(None if self.tuner is None else tuple(self.trainable))
+
+    def write(self, folder: Path, engine: DataParallel, tensors: dict[str, torch.Tensor]) -> None:
+        """Gathered weights for a checkpoint: a loadable model folder; with adapters the trained ones only (the base can be built again)."""
         if self.tuner is None:
-            self.model.save_pretrained(folder)
+            engine.whole(tensors).save_pretrained(folder)
         else:
-            save_file({name: p.detach().cpu().contiguous() for name, p in self.trainable.items()}, folder / TRAINABLE)
+            save_file(tensors, folder / TRAINABLE)
         self.processor.save_pretrained(folder)
 
 
 def open_student(recipe: Recipe, checkpoint: Path | None, device: torch.device) -> Student:
-    """Build the recipe's model, or take a checkpoint's weights; freeze what the recipe freezes; put it on the device, ready to train."""
+    """Build the recipe's model, or take a checkpoint's weights; freeze what the recipe freezes. An engine puts it on the device."""
     adapters = bool(recipe.tune.adapted)
     if recipe.tune.llm == "lora4bit":
         require_4bit()
@@ -114,7 +121,6 @@ def open_student(recipe: Recipe, checkpoint: Path | None, device: torch.device) 
     if recipe.run.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    nn.Module.to(model, device)
     model.get_submodule("model.vision_tower").eval()  # its batch statistics, where it has any, are never those of a step
     return Student(model, processor, trainable, tuner)
 
@@ -145,15 +151,13 @@ def merged(recipe: Recipe, tensors: dict[str, torch.Tensor]) -> tuple[nn.Module,
     return merge_adapters(tuner), factors
 
 
-def finish(recipe: Recipe, student: Student, step: int) -> Path:
-    """Write `<run>/model`, a plain model folder in the run's precision (experts fp32), and mark the run finished.
+def finish(recipe: Recipe, student: Student, engine: DataParallel, tensors: dict[str, torch.Tensor], step: int) -> Path:
+    """Write `<run>/model`, a plain model folder of the gathered weights in the run's precision (experts fp32); mark the run finished.
 
     Adapters are merged into the recipe's base built anew, so that a frozen base stored in fewer bits leaves no trace.
     """
     run = Path(recipe.run.out)
-    model: nn.Module = student.model
-    if student.tuner is not None:
-        model, _ = merged(recipe, {name: p.detach().cpu() for name, p in student.trainable.items()})
+    model: nn.Module = engine.whole(tensors) if student.tuner is None else merged(recipe, tensors)[0]
     if recipe.run.precision == "bf16":
         for name, tensor in [*model.named_parameters(), *model.get_submodule("model.vision_tower").named_buffers("model.vision_tower")]:
             if tensor.is_floating_point() and component_of(name) not in EXPERTS:  # batch statistics too: cast_frozen trained with such

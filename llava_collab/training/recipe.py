@@ -153,6 +153,10 @@ class RunRecipe:
     """Samples in one forward pass; lower it when memory runs out: the result stays the same."""
     seed: int = 0
     """Seed of new weights, sample order and dropout."""
+    engine: Literal["ddp", "fsdp2", "zero2", "zero3"] = "ddp"
+    """How weights, gradients and moments lie on the ranks: whole on each, in shards (torch's FSDP2), or DeepSpeed's ZeRO stage 2 or 3."""
+    engine_config: str | None = None
+    """JSON file of the engine's settings (default: llava_collab/training/engine_configs/<engine>.json)."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: trained weights stay fp32, frozen weights and arithmetic are bfloat16."""
     gradient_checkpointing: bool = False

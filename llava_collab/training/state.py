@@ -14,27 +14,24 @@ from torch import Tensor
 from llava_collab.files import read_json, write_json
 from llava_collab.training.components import Named
 
-
-def save_optimizer(optimizer: torch.optim.Optimizer, trainable: Named, folder: Path) -> None:
-    """Write `optimizer.safetensors`: every tensor of the state, named `<parameter>/<moment>`."""
-    tensors = {}
-    for name, parameter in trainable.items():
-        for moment, value in optimizer.state[parameter].items():
-            tensors[f"{name}/{moment}"] = value.detach().cpu().contiguous()
-    save_file(tensors, folder / "optimizer.safetensors")
+OPTIMIZER = "optimizer.safetensors"
+Moments = dict[str, dict[str, Tensor]]
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, trainable: Named, folder: Path) -> None:
-    """Fill a fresh optimiser with what `save_optimizer` wrote. Raises ValueError where the parameters are not the same."""
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_file(folder / "optimizer.safetensors").items():
+def save_moments(moments: Moments, folder: Path) -> None:
+    """Write `optimizer.safetensors`: every tensor of the optimiser's state, named `<parameter>/<moment>`."""
+    save_file({f"{name}/{moment}": value for name, own in moments.items() for moment, value in own.items()}, folder / OPTIMIZER)
+
+
+def load_moments(folder: Path, trainable: Named) -> Moments:
+    """What `save_moments` wrote. Raises ValueError where it is of parameters that are not trained here."""
+    moments: Moments = {}
+    for key, value in load_file(folder / OPTIMIZER).items():
         name, moment = key.rsplit("/", 1)
         moments.setdefault(name, {})[moment] = value
     if unknown := sorted(moments.keys() - trainable.keys()):
         raise ValueError(f"{folder}: optimiser state of parameters that this recipe does not train: {unknown[:5]}.")
-    for name, values in moments.items():
-        parameter = trainable[name]
-        optimizer.state[parameter] = {moment: value.to(parameter.device) for moment, value in values.items()}
+    return moments
 
 
 def save_random(folder: Path, rank: int) -> None:

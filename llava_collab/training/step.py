@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from llava_collab.training.components import Named
+
+if TYPE_CHECKING:
+    from llava_collab.training.engines import DataParallel
 
 Batch = dict[str, Any]
 _BUCKET = 32_000_000  # elements reduced at once
@@ -39,6 +42,7 @@ class Counts:
 
 def count(micro_batches: Sequence[Batch], accelerator: Accelerator, stop: bool = False) -> Counts:
     """Counts of a step, summed over ranks. Supervised tokens are those that the shifted loss sees (a label at position 0 is not).
+    Idle rows, the last of a batch, do not count.
 
     Raises EmptyStepError, on all ranks, where there are none.
     """
@@ -46,8 +50,10 @@ def count(micro_batches: Sequence[Batch], accelerator: Accelerator, stop: bool =
     for batch in micro_batches:
         images = next((batch[key].shape[0] for key in ("pixel_values", "image_features") if batch.get(key) is not None), 0)
         supervised = int((batch["labels"][:, 1:] != -100).sum())
-        rows, columns = batch["input_ids"].shape
-        totals += torch.tensor([supervised, int(batch["attention_mask"].sum()), rows * columns, rows, images, 0])
+        idle = batch.get("idle_rows", 0)
+        rows, columns = batch["input_ids"].shape[0] - idle, batch["input_ids"].shape[1]
+        tokens = int(batch["attention_mask"][:rows].sum())
+        totals += torch.tensor([supervised, tokens, rows * columns, rows, images - min(idle, images), 0])
     totals[-1] = int(stop)
     counts = Counts(*_sum(totals, accelerator).tolist())
     if counts.supervised == 0:
@@ -56,17 +62,25 @@ def count(micro_batches: Sequence[Batch], accelerator: Accelerator, stop: bool =
     return counts
 
 
-def accumulate(model: nn.Module, micro_batches: Sequence[Batch], supervised: int, accelerator: Accelerator) -> list[Tensor]:
+def level(micro_batches: Sequence[Batch], idle: Batch | None, accelerator: Accelerator) -> list[Batch]:
+    """As many micro-batches as the rank with most has, idle ones added; without `idle` as they are (ranks need not keep step)."""
+    if idle is None:
+        return list(micro_batches)
+    most = torch.tensor([len(micro_batches)], device=accelerator.device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return [*micro_batches, *[idle] * (int(most) - len(micro_batches))]
+
+
+def accumulate(engine: DataParallel, micro_batches: Sequence[Batch], supervised: int) -> list[Tensor]:
     """Forward and backward of this rank's micro-batches; returns their losses (detached, each already divided by `supervised`).
 
     The losses of all micro-batches and ranks add up to the step's loss, and so do the gradients: nothing is averaged.
     """
     losses = []
-    for batch in micro_batches:
-        inputs = {key: value.to(accelerator.device) for key, value in batch.items() if isinstance(value, Tensor)}
-        with accelerator.autocast():
-            loss = model(**inputs, num_items_in_batch=supervised, supervised_logits_only=True, use_cache=False).loss
-        accelerator.backward(loss)
+    for number, batch in enumerate(micro_batches, start=1):
+        inputs = {key: value.to(engine.accelerator.device) for key, value in batch.items() if isinstance(value, Tensor)}
+        loss = engine.forward(**inputs, num_items_in_batch=supervised, supervised_logits_only=True, use_cache=False)
+        engine.backward(loss, last=number == len(micro_batches))
         losses.append(loss.detach())
     return losses
 
@@ -93,13 +107,6 @@ def total_loss(losses: Sequence[Tensor], accelerator: Accelerator) -> float:
     """The step's loss: the sum over micro-batches and ranks."""
     own = torch.stack([loss.double() for loss in losses]).sum().cpu() if losses else torch.zeros((), dtype=torch.float64)
     return float(_sum(own.reshape(1), accelerator))
-
-
-def same_start(trainable: Named, accelerator: Accelerator) -> None:
-    """Give every rank the first rank's trainable weights."""
-    if accelerator.num_processes > 1:
-        for parameter in trainable.values():
-            torch.distributed.broadcast(parameter.data, src=0)
 
 
 def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
