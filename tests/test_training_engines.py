@@ -60,8 +60,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     two += [_run(mixed, folder / f"{engine}-mixed", "--run.engine", engine, "--run.batch-size", "2") for engine in ENGINES]
     two += [_run(data, folder / f"{e}-again", "--run.engine", e, "--run.micro-batch-size", "4", source=folder / f"{e}-4") for e in ENGINES]
     two += [_run(data, folder / f"one-to-{e}", "--run.engine", e, source=folder / "one") for e in ENGINES]
+    shards = ("--run.engine", "fsdp2", "--run.checkpoint", "sharded")
+    two += [_run(data, folder / "shards", *shards), _run(data, folder / "shards-again", *shards, source=folder / "shards")]
     _launch(folder, 2, two)
     one = [_run(data, folder / f"{e}-to-one", "--run.engine", e, source=folder / f"{e}-4") for e in ENGINES]
+    one += [_run(data, folder / "shards-to-one", *shards, source=folder / "shards")]
     _launch(folder, 1, one)
     return folder
 
@@ -81,7 +84,7 @@ def _close(run: Path, reference: Path, tolerance: float = 1e-5) -> None:
         same = ("supervised_tokens", "samples", "images")
         assert {key: row[key] for key in same} == {key: other[key] for key in same}
     assert _difference(run, reference) <= 0.02 * sum(max(row["lr"].values()) for row in wanted)
-    assert wanted[-1]["loss"] < 0.8 * wanted[0]["loss"], "a run that learns nothing proves nothing"
+    assert wanted[-1]["loss"] < wanted[0]["loss"] - 0.5, "a run that learns nothing proves nothing"
 
 
 @pytest.mark.parametrize(("engine", "size"), list(product(ENGINES, (1, 4, 8))))
@@ -104,6 +107,19 @@ def test_a_resumed_run_is_the_same_run(runs: Path, engine: str) -> None:
 @pytest.mark.parametrize("name", ["one-to-{}", "{}-to-one"])
 def test_a_run_goes_on_with_other_ranks_and_engines(runs: Path, engine: str, name: str) -> None:
     _close(runs / name.format(engine), runs / "one", tolerance=1e-6)
+
+
+def test_shards_are_taken_up_by_as_many_ranks_as_there_are(runs: Path) -> None:
+    assert {path.suffix for path in (runs / "shards/checkpoints/step-20/shards").iterdir()} == {".distcp", ""}
+    for name in ("shards", "shards-again", "shards-to-one"):
+        _close(runs / name, runs / "one", tolerance=1e-6 if name != "shards" else 1e-5)
+    assert _difference(runs / "shards", runs / "shards-again") == 0
+
+
+def test_shards_need_an_engine_that_reads_them(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cut_back(runs / "shards", tmp_path / "run", HALF)
+    assert run_here("tiny-instruct", runs / "shapes/shapes.jsonl", tmp_path / "run", *RUN) == 1
+    assert "holds shards, which only run.engine fsdp2 takes up again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("engine", ENGINES)

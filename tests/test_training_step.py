@@ -72,7 +72,7 @@ def test_counts_what_the_shifted_loss_sees(accelerator: Accelerator) -> None:
         "labels": torch.tensor([[5, -100, 6, 7], [-100, 8, -100, -100]]),
         "image_features": torch.zeros(3, 2, 2),
     }
-    assert count([batch], accelerator) == Counts(supervised=3, tokens=6, positions=8, samples=2, images=3, stop=0)
+    assert count([batch], accelerator) == Counts(supervised=3, tokens=6, positions=8, samples=2, images=3, squares=32, stop=0)
     assert count([batch], accelerator, stop=True).stop == 1
     batch["labels"] = torch.full((2, 4), -100)
     with pytest.raises(EmptyStepError, match="without any supervised token; its samples on this rank: a, b"):

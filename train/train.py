@@ -8,9 +8,9 @@ Exit codes: 0 finished, 1 error, 75 deadline reached, 130 / 143 stopped by SIGIN
 
 from __future__ import annotations
 
+import json
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,23 +18,39 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
 
 from llava_collab.data.conversation import SampleError
 from llava_collab.data.dataset import TooManyBadSamples
 from llava_collab.files import read_json, write_json
-from llava_collab.training.batches import Batches, open_batches
+from llava_collab.training.batches import Batches, LoaderError, open_batches
 from llava_collab.training.checkpoint import CheckpointError, Checkpoints
 from llava_collab.training.components import IMAGE_ONLY, learning_rate_factor, table
-from llava_collab.training.engines import DataParallel
+from llava_collab.training.engines import SHARDS, DataParallel, Fsdp2
 from llava_collab.training.engines import engine as choose_engine
-from llava_collab.training.guards import Coverage, CoverageError, NonFiniteError, check_finite
+from llava_collab.training.guards import Coverage, CoverageError, LossSpikes, NonFiniteError, check_finite
 from llava_collab.training.log import ExpertHealth, RunLog
+from llava_collab.training.meter import Meter
 from llava_collab.training.opening import Student, exclusive, finish, open_run, open_student, start
 from llava_collab.training.recipe import Recipe, RecipeError
 from llava_collab.training.recipe_file import parse_command
 from llava_collab.training.state import load_moments, load_random, save_moments, save_random
 from llava_collab.training.step import Counts, EmptyStepError, accumulate, count, level, total_loss
 from llava_collab.training.stop import Stopper
+from llava_collab.training.watchdog import WAITING, Watchdog, lost_contact
+
+CURABLE = (
+    RecipeError,
+    SampleError,
+    TooManyBadSamples,
+    CheckpointError,
+    EmptyStepError,
+    NonFiniteError,
+    CoverageError,
+    LoaderError,
+)
+"""Errors that a user can cure: told in one line."""
 
 
 @dataclass
@@ -46,6 +62,7 @@ class Run:
     student: Student
     engine: DataParallel
     batches: Batches
+    meter: Meter
     checkpoints: Checkpoints
     steps: int
 
@@ -66,8 +83,9 @@ def train(recipe: Recipe) -> int:
     engine = choose_engine(recipe, accelerator)
     batches = open_batches(recipe, student, accelerator, engine.lockstep)
     steps = recipe.run.steps or math.ceil((recipe.run.epochs or 0) * batches.steps_per_epoch)
+    meter = Meter(student.model, recipe, accelerator)
     engine.start(student.model, student.trainable)
-    run = Run(recipe, accelerator, student, engine, batches, checkpoints, steps)
+    run = Run(recipe, accelerator, student, engine, batches, meter, checkpoints, steps)
     done = resume(run, saved) if saved else 0
     accelerator.print(f"{batches.samples:,} samples, {steps:,} steps of {recipe.run.batch_size}, from step {done + 1}")
 
@@ -90,21 +108,26 @@ def learn(run: Run, done: int) -> int:
         accelerator.print(f"blind run: {', '.join(sorted(exempt))} see no image, so they are not expected to learn")
     coverage = Coverage(engine, exempt)
     health = ExpertHealth(run.student.model)
-    stopper = Stopper(recipe.run.deadline_minutes)
+    stopper, spikes = Stopper(recipe.run.deadline_minutes), LossSpikes()
     log = RunLog(Path(recipe.run.out), done, run.steps, accelerator.is_main_process)
+    dog = Watchdog(Path(recipe.run.out), accelerator.process_index, 60 * recipe.run.stall_minutes, tqdm.write)
     try:
         for step in range(done + 1, run.steps + 1):
-            began = time.perf_counter()
-            micro_batches = run.batches.next_step()
-            counts = count(micro_batches, accelerator, stop=stopper.asked)
+            dog.step = step
+            with dog.phase("reading data"), run.meter.waiting():
+                micro_batches = run.batches.next_step()
+            with dog.phase(WAITING):
+                counts = count(micro_batches, accelerator, stop=stopper.asked)
+                micro_batches = level(micro_batches, run.batches.idle, accelerator)
             logged = step % recipe.run.log_every == 0 or step in (1, run.steps)
             health.watch(logged)
 
             # The gradient: of the loss over all supervised tokens of the step, on all ranks
-            micro_batches = level(micro_batches, run.batches.idle, accelerator)
-            losses = accumulate(engine, micro_batches, counts.supervised)
-            missing = engine.reduce()
-            loss, norms = total_loss(losses, accelerator), engine.norms()
+            with dog.phase("computing"):
+                losses = accumulate(engine, micro_batches, counts.supervised)
+            with dog.phase(WAITING):
+                missing = engine.reduce()
+                loss, norms = total_loss(losses, accelerator), engine.norms()
             sample_ids = [batch["sample_ids"] for batch in micro_batches]
             check_finite(step, loss, losses, sample_ids, norms, accelerator, Path(recipe.run.out))
             coverage.after_backward(step, missing, counts.images > 0)
@@ -114,7 +137,9 @@ def learn(run: Run, done: int) -> int:
             engine.update(norms)
             coverage.after_step(step, rates, counts.images > 0)
 
-            row = log_row(step, loss, rates, norms, counts, time.perf_counter() - began) | {"skipped": run.batches.skipped}
+            row = log_row(step, loss, rates, norms, counts) | run.meter.read(counts) | {"skipped": run.batches.skipped}
+            if (usual := spikes.look(loss)) is not None:
+                tell_spike(run, step, loss, usual, losses, sample_ids)
             if logged:
                 row["experts"] = health.read()
                 for alarm in health.alarms(row["experts"]):
@@ -123,11 +148,13 @@ def learn(run: Run, done: int) -> int:
 
             stopped = counts.stop > 0
             if step % recipe.run.save_every == 0 or step == run.steps or stopped or (recipe.run.save_first and step == 1):
-                log.say(f"saved {save(run, step)}")
+                with dog.phase("saving"):
+                    log.say(f"saved {save(run, step)}")
             if stopped and step < run.steps:
                 log.say(f"stopped after step {step} of {run.steps}; run the same command to go on")
                 return stopper.exit_code
     finally:
+        dog.close()
         log.close()
         stopper.release()
     for line in coverage.unchecked():
@@ -142,9 +169,7 @@ def set_rates(groups: list[dict[str, Any]], factor: float) -> dict[str, float]:
     return {group["component"]: group["lr"] for group in groups}
 
 
-def log_row(
-    step: int, loss: float, rates: dict[str, float], norms: dict[str, torch.Tensor], counts: Counts, seconds: float
-) -> dict[str, Any]:
+def log_row(step: int, loss: float, rates: dict[str, float], norms: dict[str, torch.Tensor], counts: Counts) -> dict[str, Any]:
     """What log.jsonl keeps of a step. `grad_norm` is before clipping."""
     return {
         "step": step,
@@ -156,21 +181,32 @@ def log_row(
         "padding_share": 1 - counts.tokens / counts.positions,
         "samples": counts.samples,
         "images": counts.images,
-        "tokens_per_second": counts.tokens / seconds,
-        "samples_per_second": counts.samples / seconds,
-        "seconds": seconds,
     }
+
+
+def tell_spike(run: Run, step: int, loss: float, usual: float, losses: list[torch.Tensor], sample_ids: list[list[str]]) -> None:
+    """Say that the loss jumped, and keep what was in the step in `<run>/spikes.jsonl`; all ranks call it."""
+    own = [{"loss": float(part), "sample_ids": ids} for part, ids in zip(losses, sample_ids, strict=True)]
+    ranks = gather_object([own]) if run.accelerator.num_processes > 1 else [own]
+    if run.accelerator.is_main_process:
+        with (Path(run.recipe.run.out) / "spikes.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "loss": loss, "median_before": usual, "micro_batches_by_rank": ranks}) + "\n")
+        tqdm.write(f"step {step}: the loss jumped to {loss:.3g} (median before: {usual:.3g}); its samples are in spikes.jsonl")
 
 
 def save(run: Run, step: int) -> Path:
     """A checkpoint: random states of every rank, the rest from the main process."""
-    weights, moments = run.student.gather(run.engine), run.engine.moments()  # ranks meet here
+    sharded = isinstance(run.engine, Fsdp2) and run.recipe.run.checkpoint == "sharded"
+    weights, moments = ({}, {}) if sharded else (run.student.gather(run.engine), run.engine.moments())  # ranks meet here
 
     def write(folder: Path) -> None:
         save_random(folder, run.accelerator.process_index)
-        if run.accelerator.is_main_process:
+        if sharded:
+            run.engine.save_shards(folder / SHARDS)
+        elif run.accelerator.is_main_process:
             run.student.write(folder, run.engine, weights)
             save_moments(moments, folder)
+        if run.accelerator.is_main_process:
             write_json(folder / "state.json", {"step": step, "batches": run.batches.state_dict(), "torch": torch.__version__})
 
     return run.checkpoints.save(step, write, {name: weights[name] for name in run.student.trainable if name in weights})
@@ -179,7 +215,12 @@ def save(run: Run, step: int) -> Path:
 def resume(run: Run, saved: Path) -> int:
     """Put everything back as it was when `saved` was written (the weights already are); returns its step."""
     state = read_json(saved / "state.json")
-    run.engine.set_moments(load_moments(saved, run.student.trainable))
+    if (saved / SHARDS).is_dir():
+        if not isinstance(run.engine, Fsdp2):
+            raise CheckpointError(f"{saved} holds shards, which only run.engine fsdp2 takes up again (on any number of ranks).")
+        run.engine.load_shards(saved / SHARDS)
+    else:
+        run.engine.set_moments(load_moments(saved, run.student.trainable))
     run.batches.load_state_dict(state["batches"])
     if not load_random(saved, run.accelerator.process_index):
         print(f"rank {run.accelerator.process_index}: {saved} was written by fewer ranks; dropout here starts from the seed again")
@@ -193,11 +234,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with exclusive(Path(recipe.run.out)):
             return train(recipe)
-    except (RecipeError, SampleError, TooManyBadSamples, CheckpointError, EmptyStepError, NonFiniteError, CoverageError) as error:
+    except CURABLE as error:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError as error:
         print(f"error: out of memory: {error}\nLower run.micro_batch_size (the result stays the same), set ", end="", file=sys.stderr)
         print("run.gradient_checkpointing, or tune less (tune.llm: lora or frozen).", file=sys.stderr)
+    except RuntimeError as error:
+        if (hint := lost_contact(error)) is None:
+            raise
+        print(f"error: {hint}", file=sys.stderr)
     return 1
 
 

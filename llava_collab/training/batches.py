@@ -31,6 +31,10 @@ IMAGES = ("pixel_values", "image_features")
 LOADER_TIMEOUT = 1800  # seconds: a worker that gives nothing for so long is stuck
 
 
+class LoaderError(RuntimeError):
+    """A process that reads data died or hung."""
+
+
 @dataclass(frozen=True)
 class MicroBatches:
     """Collates a rank's share of a step: sorted by length (less padding), cut into micro-batches. Picklable, for workers."""
@@ -110,7 +114,15 @@ class Batches:
         if self._steps is None:
             self._steps = iter(self._loader)
         self._taken += 1
-        return next(self._steps)
+        try:
+            return next(self._steps)
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            raise LoaderError(
+                f"step {self._taken}: a process that reads data ended or hung ({error}). If the machine ran out of memory, lower "
+                "run.num_workers; the same command goes on from the last checkpoint."
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands in the data (not how far workers have read)."""

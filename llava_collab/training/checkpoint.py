@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.api import CheckpointException
 
 from llava_collab.files import publish, read_json, sha256, sync_files, write_json, write_text
 
@@ -54,7 +55,7 @@ class Checkpoints:
 
     def save(self, step: int, write: Callable[[Path], None], weights: Mapping[str, torch.Tensor]) -> Path:
         """Make `step-<step>`: every rank calls `write(folder)` (a rank other than the first writes only files of its own), in which ranks
-        must not wait for each other. `weights`: what has to be found there, on the main process.
+        must not wait for each other, or fail together. `weights`: what has to be found there, on the main process.
 
         Raises CheckpointError, on all ranks, if the folder can't be written or read back; earlier checkpoints stay as they are.
         """
@@ -80,7 +81,7 @@ class Checkpoints:
         error: str | None = None
         try:
             action()
-        except (OSError, SafetensorError, ValueError) as caught:
+        except (OSError, SafetensorError, ValueError, CheckpointException) as caught:
             error = f"{type(caught).__name__}: {caught}"
         errors = [e for e in (gather_object([error]) if self.accelerator.num_processes > 1 else [error]) if e is not None]
         if not errors:

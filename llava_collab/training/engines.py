@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llava_collab.files import read_json
@@ -28,6 +30,9 @@ from llava_collab.training.components import Named, by_component, clip, gradient
 from llava_collab.training.recipe import Recipe, RecipeError
 from llava_collab.training.state import Moments
 from llava_collab.training.step import reduce_gradients
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SHARDS = "shards"
 
 
 class DataParallel:
@@ -123,6 +128,7 @@ class Sharded(DataParallel):
 
     lockstep = True
     kind: type[Any]
+    config: Any
 
     def forward(self, **inputs: Any) -> Tensor:
         return self.model(**inputs).loss
@@ -149,7 +155,7 @@ class Fsdp2(Sharded):
 
         self.kind, self.config = type(model), model.config
         config = engine_config(self.recipe)
-        mesh = torch.distributed.init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
+        mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
         offload = CPUOffloadPolicy() if config["cpu_offload"] else OffloadPolicy()
         shared: dict[str, Any] = dict(mesh=mesh, reshard_after_forward=config["reshard_after_forward"], offload_policy=offload)
         root: dict[str, Any] = shared | {"reshard_after_forward": False}
@@ -219,6 +225,23 @@ class Fsdp2(Sharded):
                 moment: distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements) if value.ndim else value
                 for moment, value in values.items()
             }
+
+    def save_shards(self, folder: Path) -> None:
+        """Write weights and moments, each rank its own shards (torch's DCP); all ranks call it."""
+        dcp.save(self._sharded(), checkpoint_id=folder)
+
+    def load_shards(self, folder: Path) -> None:
+        """Take up what `save_shards` wrote, on any number of ranks."""
+        for parameter in self.trainable.values():
+            zeros = {key: torch.zeros_like(parameter) for key in MOMENTS}
+            self.optimizer.state[parameter] = {"step": torch.zeros(()), **zeros}
+        dcp.load(self._sharded(), checkpoint_id=folder)
+
+    def _sharded(self) -> dict[str, Any]:
+        return {
+            "weights": {name: parameter.detach() for name, parameter in self.trainable.items()},
+            "moments": {name: self.optimizer.state[parameter] for name, parameter in self.trainable.items()},
+        }
 
     def _whole(self, state: dict[str, Any]) -> dict[str, Tensor]:
         """Gathered one by one, so that no rank but the main one ever holds more than one whole tensor."""
@@ -360,7 +383,6 @@ class Zero(Sharded):
             part[0].copy_(padded.narrow(0, part[1], part[0].numel()))
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 ENGINES: dict[str, type[DataParallel]] = {"ddp": DataParallel, "fsdp2": Fsdp2, "zero2": Zero, "zero3": Zero}
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,6 +61,25 @@ def check_finite(
         f"step {step}: the loss or a gradient is not finite ({where}). Gradient norms: {norms_text}. The weights were not updated; "
         f"details are in {folder / 'nan_report.json'}. Look at these samples, lower optim.lr, or go on in fp32 in a new run."
     )
+
+
+class LossSpikes:
+    """Notices a step whose loss stands far above those before it: by 8 median deviations and a third over the median of the last 50."""
+
+    LAST, FIRST = 50, 20
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=self.LAST)
+
+    def look(self, loss: float) -> float | None:
+        """The median of the losses before, if this one is a spike; None if not, or if there are too few before it."""
+        before = list(self._losses)
+        self._losses.append(loss)
+        if len(before) < self.FIRST:
+            return None
+        middle = median(before)
+        spread = median(abs(value - middle) for value in before)
+        return middle if loss > max(middle + 8 * spread, middle * 4 / 3) else None
 
 
 class Coverage:

@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -37,13 +38,15 @@ def start(recipe: Recipe) -> Accelerator:
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     disable_progress_bar()  # transformers shows one for every shard it writes; the run has its own
-    accelerator = Accelerator(mixed_precision="bf16" if recipe.run.precision == "bf16" else "no", cpu=not torch.cuda.is_available())
+    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.run.timeout_minutes))
+    precision = "bf16" if recipe.run.precision == "bf16" else "no"
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:  # each would train alone and write to the same folder
         raise RuntimeError(f"launched as {launched} processes, but {accelerator.num_processes} joined; use torchrun or accelerate launch.")
     engine = accelerator.distributed_type.name
     if engine not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise RuntimeError(f"this loop trains on one device or data-parallel, not under {engine}: launch it with torchrun or plain python.")
+        raise RuntimeError(f"run.engine chooses what shards the model, not the launcher ({engine}): start with torchrun or plain python.")
     set_seed(recipe.run.seed)
     return accelerator
 
@@ -106,7 +109,8 @@ def open_student(recipe: Recipe, checkpoint: Path | None, device: torch.device) 
     adapters = bool(recipe.tune.adapted)
     if recipe.tune.llm == "lora4bit":
         require_4bit()
-    if checkpoint is None or adapters:
+    from_shards = checkpoint is not None and (checkpoint / "shards").is_dir()  # the engine fills them in
+    if checkpoint is None or adapters or from_shards:
         model, processor = build(recipe.model, seed=recipe.run.seed)
     else:
         model, processor = load(checkpoint, dtype=torch.float32)
@@ -114,12 +118,15 @@ def open_student(recipe: Recipe, checkpoint: Path | None, device: torch.device) 
         quantise(model, device)
     tuner = add_adapters(model, recipe.tune) if adapters else None
     trainable = choose_trainable(model, recipe.tune)
-    if adapters and checkpoint is not None:
+    if adapters and checkpoint is not None and not from_shards:
         load_trainable(trainable, load_file(checkpoint / TRAINABLE))
     if recipe.run.precision == "bf16":
         cast_frozen(model, torch.bfloat16)
     if recipe.run.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.run.compile:
+        for block in model.model.language_model.layers:
+            block.compile(dynamic=True)
     model.train()
     model.get_submodule("model.vision_tower").eval()  # its batch statistics, where it has any, are never those of a step
     return Student(model, processor, trainable, tuner)

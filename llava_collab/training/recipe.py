@@ -159,6 +159,10 @@ class RunRecipe:
     """JSON file of the engine's settings (default: llava_collab/training/engine_configs/<engine>.json)."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: trained weights stay fp32, frozen weights and arithmetic are bfloat16."""
+    compile: bool = False
+    """Compile the decoder's blocks with torch.compile: a slow start, then faster steps (the result differs by rounding)."""
+    checkpoint: Literal["whole", "sharded"] = "whole"
+    """How checkpoints hold weights and moments: whole safetensors, which any engine takes up again, or (fsdp2) each rank's shards."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_every: int = 500
@@ -173,6 +177,12 @@ class RunRecipe:
     """CPU threads of torch (default: torch's own choice)."""
     num_workers: int = 0
     """Processes that load data."""
+    stall_minutes: float = 5.0
+    """Say which rank holds the run up, and where, when a phase of a step lasts longer than this."""
+    timeout_minutes: float = 30.0
+    """How long ranks wait for each other before they give the run up."""
+    peak_tflops: float | None = None
+    """Peak arithmetic of one device, for the logged MFU (default: the data sheet's, where the device is known; else none is logged)."""
     deadline_minutes: float | None = None
     """If set, save and stop cleanly (exit code 75) after this many minutes; the same command goes on from there."""
 
@@ -180,6 +190,9 @@ class RunRecipe:
         _require((self.steps is None) != (self.epochs is None), "run: give exactly one of steps and epochs.")
         for name in ("batch_size", "micro_batch_size", "save_every", "keep_last", "log_every"):
             _require(getattr(self, name) >= 1, f"run.{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("stall_minutes", "timeout_minutes"):
+            _require(getattr(self, name) > 0, f"run.{name} must be positive, not {getattr(self, name)}.")
+        _require(self.checkpoint == "whole" or self.engine == "fsdp2", f"run.checkpoint sharded needs run.engine fsdp2, not {self.engine}.")
         length = self.steps if self.steps is not None else self.epochs
         _require(length is not None and length > 0, f"run.steps or run.epochs must be positive, not {length}.")
 

@@ -36,6 +36,8 @@ class Counts:
     positions: int = 0
     samples: int = 0
     images: int = 0
+    squares: int = 0
+    """Squared row lengths, for the arithmetic of attention."""
     stop: int = 0
     """Ranks that were asked to stop (rides along so that all ranks stop at the same step)."""
 
@@ -53,7 +55,7 @@ def count(micro_batches: Sequence[Batch], accelerator: Accelerator, stop: bool =
         idle = batch.get("idle_rows", 0)
         rows, columns = batch["input_ids"].shape[0] - idle, batch["input_ids"].shape[1]
         tokens = int(batch["attention_mask"][:rows].sum())
-        totals += torch.tensor([supervised, tokens, rows * columns, rows, images - min(idle, images), 0])
+        totals += torch.tensor([supervised, tokens, rows * columns, rows, images - min(idle, images), rows * columns**2, 0])
     totals[-1] = int(stop)
     counts = Counts(*_sum(totals, accelerator).tolist())
     if counts.supervised == 0:
