@@ -392,6 +392,28 @@ class Estimate:
         return 0
 
 
+@dataclass
+class Plot:
+    """Draw a run's curves from its log: loss, learning rates, gradient norms, experts, speed, data wait and memory of each rank."""
+
+    runs: Positional[tuple[Path, ...]]
+    """run folders; several are drawn over each other"""
+    out: Path | None = None
+    """picture to write (default: curves.png in the first run folder)"""
+
+    def run(self) -> int:
+        from .training.plot import plot_runs
+
+        out = self.out or self.runs[0] / "curves.png"
+        try:
+            plot_runs(self.runs, out)
+        except (FileNotFoundError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        print(out)
+        return 0
+
+
 Build = Annotated[BuildOpen, subcommand("cmt-open")] | Annotated[BuildPublic, subcommand("cmt-public")]
 
 
@@ -430,6 +452,7 @@ Verb = (
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Delta, subcommand("delta")]
     | Annotated[Estimate, subcommand("estimate")]
+    | Annotated[Plot, subcommand("plot")]
 )
 
 

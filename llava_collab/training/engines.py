@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -228,14 +229,14 @@ class Fsdp2(Sharded):
 
     def save_shards(self, folder: Path) -> None:
         """Write weights and moments, each rank its own shards (torch's DCP); all ranks call it."""
-        dcp.save(self._sharded(), checkpoint_id=folder)
+        save(self._sharded(), checkpoint_id=folder)
 
     def load_shards(self, folder: Path) -> None:
         """Take up what `save_shards` wrote, on any number of ranks."""
         for parameter in self.trainable.values():
             zeros = {key: torch.zeros_like(parameter) for key in MOMENTS}
             self.optimizer.state[parameter] = {"step": torch.zeros(()), **zeros}
-        dcp.load(self._sharded(), checkpoint_id=folder)
+        load(self._sharded(), checkpoint_id=folder)
 
     def _sharded(self) -> dict[str, Any]:
         return {
