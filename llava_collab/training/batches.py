@@ -6,7 +6,7 @@ lets the tokens of a step be counted before its first forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader
 
 from llava_collab.data.collate import Collator
 from llava_collab.data.dataset import ConversationDataset
+from llava_collab.data.packing import Plan, one_a_row, packed
 from llava_collab.data.sampler import GroupedBatchSampler
 from llava_collab.data.samples import Sample, read_samples
 from llava_collab.models.build import feature_cache
+from llava_collab.training.packing import decide
 from llava_collab.training.recipe import DataRecipe, Recipe, RecipeError
 
 if TYPE_CHECKING:
@@ -29,15 +31,24 @@ LOADER_TIMEOUT = 1800  # seconds: a worker that gives nothing for so long is stu
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Collates a rank's share of a step: sorted by length (less padding), cut into micro-batches. Picklable, for workers."""
+    """Collates a rank's share of a step: grouped by length (less padding), cut into micro-batches. Picklable, for workers."""
 
     collator: Collator
     size: int
+    """Most samples in a micro-batch."""
+    longest_row: int | None = None
+    """Most positions in a row of several samples; None: one sample a row."""
+
+    def plan(self, lengths: Sequence[int]) -> Plan:
+        """Which samples go where, by their lengths."""
+        return one_a_row(lengths, self.size) if self.longest_row is None else packed(lengths, self.size, self.longest_row)
 
     def __call__(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Batches of at most `size` samples; none for an empty share."""
-        samples = sorted(samples, key=lambda sample: len(sample["input_ids"]))
-        return [self.collator(samples[k : k + self.size]) for k in range(0, len(samples), self.size)]
+        batches = [[[samples[index] for index in row] for row in rows] for rows in self.plan([len(s["input_ids"]) for s in samples])]
+        if self.longest_row is None:
+            return [self.collator([sample for row in rows for sample in row]) for rows in batches]
+        return [self.collator.pack(rows) for rows in batches]
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Batches:
 
     def __init__(self, dataset: ConversationDataset, collate: MicroBatches, recipe: Recipe, rank: int, ranks: int) -> None:
         self._dataset = dataset
-        self._sampler = GroupedBatchSampler(dataset.lengths, dataset.has_image, recipe.run.batch_size, recipe.run.seed)
+        self._sampler = _sampler(dataset, recipe)
         workers = recipe.run.num_workers
         self._loader = DataLoader(
             dataset,
@@ -121,8 +132,14 @@ def open_batches(recipe: Recipe, student: Student, accelerator: Accelerator) -> 
     )
     tokenizer = student.processor.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collate = MicroBatches(Collator(pad), recipe.run.micro_batch_size)
+    text_config = student.model.model.language_model.config
+    longest_row = decide(recipe, _sampler(dataset, recipe), accelerator.num_processes, text_config, accelerator.print)
+    collate = MicroBatches(Collator(pad), recipe.run.micro_batch_size, longest_row)
     return Batches(dataset, collate, recipe, accelerator.process_index, accelerator.num_processes)
+
+
+def _sampler(dataset: ConversationDataset, recipe: Recipe) -> GroupedBatchSampler:
+    return GroupedBatchSampler(dataset.lengths, dataset.has_image, recipe.run.batch_size, recipe.run.seed)
 
 
 def read_all(data: DataRecipe) -> list[Sample]:

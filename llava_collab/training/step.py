@@ -47,7 +47,8 @@ def count(micro_batches: Sequence[Batch], accelerator: Accelerator, stop: bool =
         images = next((batch[key].shape[0] for key in ("pixel_values", "image_features") if batch.get(key) is not None), 0)
         supervised = int((batch["labels"][:, 1:] != -100).sum())
         rows, columns = batch["input_ids"].shape
-        totals += torch.tensor([supervised, int(batch["attention_mask"].sum()), rows * columns, rows, images, 0])
+        samples = int(batch["segment_ids"].amax(1).sum()) if "segment_ids" in batch else rows
+        totals += torch.tensor([supervised, int(batch["attention_mask"].sum()), rows * columns, samples, images, 0])
     totals[-1] = int(stop)
     counts = Counts(*_sum(totals, accelerator).tolist())
     if counts.supervised == 0:
