@@ -75,18 +75,18 @@ def test_in_fp32_as_well(decoder: str) -> None:
         assert_same(learn(model, pack(samples(), layout)), plain, close=3e-5)  # rounding, most of it in the vision tower
 
 
-@pytest.mark.parametrize("checkpointing", [None, False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("decoder", ["llama", "qwen2", "qwen3", "mistral"])
-def test_losses_logits_and_gradients_are_those_of_samples_alone(decoder: str, attention: str, checkpointing: bool | None) -> None:
+def test_losses_logits_and_gradients_are_those_of_samples_alone(decoder: str, attention: str) -> None:
     model = exact(toy_model(decoder, **BOTH))
     model.set_attn_implementation(attention)
-    if checkpointing is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     plain = learn(model, alone(samples()))
     assert all(gradient.any() for name, gradient in plain[1].items() if "_expert" in name), "the experts must matter, or nothing is shown"
     for layout in LAYOUTS.values():
         assert_same(learn(model, pack(samples(), layout)), plain)
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        assert_same(learn(model, pack(samples(), LAYOUTS["two rows"])), plain)
 
 
 @pytest.mark.parametrize("generator", ["shared", "per_layer", "factorised"])
@@ -98,17 +98,28 @@ def test_every_kind_of_expert(generator: str, activation: str, mode: str) -> Non
     assert_same(learn(model, pack(samples(), LAYOUTS["two rows"])), learn(model, alone(samples())))
 
 
-@pytest.mark.parametrize("experts", [{}, {"visual_expert": BOTH["visual_expert"]}, {"language_expert": BOTH["language_expert"]}])
-@pytest.mark.parametrize("guidance", ["prompt_mean", "last_prompt_token"])
-def test_guidance_of_both_kinds_and_models_without_experts(experts: dict[str, dict], guidance: str) -> None:
-    if "language_expert" in experts:
-        experts = {"language_expert": experts["language_expert"] | {"guidance": guidance, "detach": False}}
-    model = exact(toy_model(**experts))
-    plain = learn(model, alone(samples()))
-    assert_same(learn(model, pack(samples(), LAYOUTS["two rows"])), plain)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"guidance": "last_prompt_token"},
+        {"guidance_layer": 1},
+        {"guidance": "last_prompt_token", "guidance_layer": 0},
+        {"layers": "all"},
+    ],
+)
+def test_guidance_of_every_kind(settings: dict[str, Any]) -> None:
+    model = exact(toy_model(language_expert=BOTH["language_expert"] | {"detach": False} | settings))
+    assert_same(learn(model, pack(samples(), LAYOUTS["two rows"])), learn(model, alone(samples())))
     for batch in (made := alone(samples())), (packed := pack(samples(), LAYOUTS["one row"])):
         del batch["guidance_mask"]  # then the labels say where a sample's prompt ends
     assert_same(learn(model, packed), learn(model, made))
+
+
+@pytest.mark.parametrize("experts", [{}, {"visual_expert": BOTH["visual_expert"]}])
+def test_models_without_a_language_expert(experts: dict[str, dict]) -> None:
+    model = exact(toy_model(**experts))
+    assert_same(learn(model, pack(samples(), LAYOUTS["two rows"])), learn(model, alone(samples())))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -298,7 +298,7 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
         )
 
     def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any) -> Any:
-        """transformers' `generate`; packed rows raise ValueError, and with the language expert on, decoding whose weights would be wrong."""
+        """transformers' `generate`. ValueError for packed rows and, the language expert on, for decoding whose weights would be wrong."""
         if kwargs.get("segment_ids") is not None:
             raise ValueError("generate takes one sample a row: packed rows (segment_ids) are for training, a row goes on only at its end")
         if self.config.language_expert is not None:

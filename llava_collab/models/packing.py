@@ -90,7 +90,9 @@ def read_segments(
     facts = torch.stack([right, same_mask, same_positions, starts_BT.sum(), position_BT.max() + 1])  # one wait for the device, not five
     in_order, mask_fits, positions_fit, count, longest = facts.tolist()
     if not in_order or not count:
-        raise ValueError("segment_ids must number a row's segments 1, 2, 3, ... from its start, each in one piece, and be 0 for padding behind")
+        raise ValueError(
+            "segment_ids must number a row's segments 1, 2, 3, ... from its start, each in one piece, and be 0 for padding behind"
+        )
     if not mask_fits:
         raise ValueError("attention_mask must be 1 exactly where segment_ids is not 0; leave it out: it follows from them")
     if not positions_fit:

@@ -28,7 +28,9 @@ def decide(recipe: Recipe, sampler: GroupedBatchSampler, ranks: int, text_config
     shares = list(_shares(sampler, ranks))
     size, longest = recipe.run.micro_batch_size, recipe.data.max_length
     grouped = padding_share((lengths, one_a_row(lengths, size)) for lengths in shares)
-    measured = f"of {min(STEPS, len(sampler)):,} steps of the first epoch {grouped:.1%} of all positions are padding after grouping by length"
+    measured = (
+        f"of {min(STEPS, len(sampler)):,} steps of the first epoch {grouped:.1%} of all positions are padding after grouping by length"
+    )
     if recipe.data.packing == "auto" and grouped <= THRESHOLD:
         say(f"packing: off (auto): {measured}, no more than {THRESHOLD:.0%}")
         return None
