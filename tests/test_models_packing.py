@@ -68,11 +68,14 @@ def assert_same(packed: tuple[Any, dict[str, torch.Tensor]], plain: tuple[Any, d
 
 
 @pytest.mark.parametrize("decoder", ["llama", "qwen2", "qwen3", "mistral"])
-def test_in_fp32_as_well(decoder: str) -> None:
+def test_in_fp32_and_under_autocast_as_well(decoder: str) -> None:
     model = toy_model(decoder, **BOTH).train()
     plain = learn(model, alone(samples()))
     for layout in LAYOUTS.values():
         assert_same(learn(model, pack(samples(), layout)), plain, close=3e-5)  # rounding, most of it in the vision tower
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = learn(model, pack(samples(), LAYOUTS["two rows"]))
+    torch.testing.assert_close(rough[0].loss, plain[0].loss, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from running import RECIPES, log_rows, losses, run_here
+from running import RECIPES, ROOT, arguments, log_rows, losses, run_apart, run_here
 from safetensors.torch import load_file
 from synthetic import write_shapes
 from transformers import LlamaConfig, MambaConfig
@@ -133,3 +133,15 @@ def test_packing_with_cached_features_checkpointing_and_adapters(data: Path, tmp
     assert run_here("tiny-instruct", data, tmp_path / "plain", *both) == 0
     assert run_here("tiny-instruct", data, tmp_path / "packed", *both, *ON, "--run.gradient-checkpointing") == 0
     assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_pack_as_one(data: Path, tmp_path: Path) -> None:
+    short = (*EIGHT, "--run.batch-size", "16", "--run.steps", "6", *ON)
+    assert run_here("tiny-instruct", data, tmp_path / "one", *short) == 0
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train" / "train.py")]
+    done = run_apart([*torchrun, *arguments("tiny-instruct", data, tmp_path / "two", *short)])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("packing: on: of 2 steps") == 1
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert [row["samples"] for row in log_rows(tmp_path / "two")] == [16] * 6
