@@ -19,7 +19,7 @@ def test_plans_hold_every_sample_once_and_never_take_more_than_unpacked(lengths:
     plan, plain = packed(lengths, size, longest_row), one_a_row(lengths, size)
     for made in (plan, plain):
         assert sorted(index for rows in made for row in rows for index in row) == list(range(len(lengths)))
-        assert len(made) == -(-len(lengths) // size), "as many micro-batches on every rank"
+        assert len(made) == -(-len(lengths) // size), "as many micro-batches packed as unpacked"
         assert all(row for rows in made for row in rows)
     for rows in plan:
         members = [lengths[index] for row in rows for index in row]

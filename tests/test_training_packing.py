@@ -91,7 +91,7 @@ def test_on_and_off_are_words_in_a_recipe_file(tmp_path: Path) -> None:
     assert differences(recipe("on"), recipe("off")) == [], "a run may change it and go on: what a step computes stays the same"
 
 
-@pytest.mark.parametrize("size", ["8", pytest.param("2", marks=pytest.mark.slow), pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", ["8", pytest.param("4", marks=pytest.mark.slow), pytest.param("1", marks=pytest.mark.slow)])
 def test_twenty_steps_packed_are_twenty_steps_unpacked(data: Path, tmp_path: Path, size: str) -> None:
     runs = {}
     for way, options in (("plain", ()), ("packed", ON)):

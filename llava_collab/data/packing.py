@@ -3,9 +3,9 @@
 What is cut here is one rank's share of one optimiser step. A plan is a list of micro-batches, each a list of rows, each a list of the
 share's indices. However a share is cut, its loss and gradient are the same; what differs is how many positions are padding.
 
-Packed or not, a share of n samples gives ceil(n / size) micro-batches of at most `size` samples: as many on every rank, which engines
-that shard the model need (all ranks run a forward pass together), and with no more generated expert weights in memory. A packed
-micro-batch never has more positions than the same samples have one a row.
+Packed or not, a share of n samples gives ceil(n / size) micro-batches of at most `size` samples. So ranks with equal shares run equally
+many forward passes, which engines that shard the model need (all ranks run one together), and there are no more generated expert
+weights in memory. A packed micro-batch never has more positions than the same samples have one a row.
 """
 
 from __future__ import annotations
