@@ -151,7 +151,8 @@ def speed(args: Args, model: Any, encoded: Encoded, steps: Sequence[Sequence[int
 def main(args: Args) -> None:
     """Measure, print, write."""
     processor = HyperLlavaProcessor.from_pretrained(args.model, backend="pil")
-    model: Any = HyperLlavaForConditionalGeneration(AutoConfig.from_pretrained(args.model)).train()
+    config: Any = AutoConfig.from_pretrained(args.model)
+    model: Any = HyperLlavaForConditionalGeneration(config).train()
     model.requires_grad_(True)
     samples = read_samples(args.data)[: args.samples] if args.data else invented(args.samples)
     encoded = Encoded(samples, processor, model.model.multi_modal_projector.linear_1.in_features)
