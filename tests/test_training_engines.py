@@ -57,6 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _run(data, folder / f"{engine}-{size}", "--run.engine", engine, "--run.micro-batch-size", str(size))
         for engine, size in product(ENGINES, (1, 4, 8))
     ]
+    two += [_run(data, folder / f"{engine}-packed", "--run.engine", engine, "--data.packing", "on") for engine in ENGINES]
     two += [_run(mixed, folder / f"{engine}-mixed", "--run.engine", engine, "--run.batch-size", "2") for engine in ENGINES]
     two += [_run(data, folder / f"{e}-again", "--run.engine", e, "--run.micro-batch-size", "4", source=folder / f"{e}-4") for e in ENGINES]
     two += [_run(data, folder / f"one-to-{e}", "--run.engine", e, source=folder / "one") for e in ENGINES]
@@ -90,6 +91,13 @@ def _close(run: Path, reference: Path, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize(("engine", "size"), list(product(ENGINES, (1, 4, 8))))
 def test_two_ranks_learn_what_one_does(runs: Path, engine: str, size: int) -> None:
     _close(runs / f"{engine}-{size}", runs / "one")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_packed_rows_learn_the_same(runs: Path, engine: str) -> None:
+    _close(runs / f"{engine}-packed", runs / "one")
+    rows, wanted = log_rows(runs / f"{engine}-packed"), log_rows(runs / f"{engine}-4")
+    assert sum(row["padding_share"] for row in rows) < sum(row["padding_share"] for row in wanted)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

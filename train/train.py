@@ -196,15 +196,15 @@ def tell_spike(run: Run, step: int, loss: float, usual: float, losses: list[torc
 
 def save(run: Run, step: int) -> Path:
     """A checkpoint: random states of every rank, the rest from the main process."""
-    sharded = isinstance(run.engine, Fsdp2) and run.recipe.run.checkpoint == "sharded"
+    engine, sharded = run.engine, run.recipe.run.checkpoint == "sharded"
     weights, moments = ({}, {}) if sharded else (run.student.gather(run.engine), run.engine.moments())  # ranks meet here
 
     def write(folder: Path) -> None:
         save_random(folder, run.accelerator.process_index)
-        if sharded:
-            run.engine.save_shards(folder / SHARDS)
+        if sharded and isinstance(engine, Fsdp2):
+            engine.save_shards(folder / SHARDS)
         elif run.accelerator.is_main_process:
-            run.student.write(folder, run.engine, weights)
+            run.student.write(folder, engine, weights)
             save_moments(moments, folder)
         if run.accelerator.is_main_process:
             write_json(folder / "state.json", {"step": step, "batches": run.batches.state_dict(), "torch": torch.__version__})

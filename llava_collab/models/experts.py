@@ -19,6 +19,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .configuration import HyperLlavaConfig, LanguageExpertConfig
 from .hypernetwork import ExpertWeights, Generated, HyperNetwork, apply_expert, last_marked, masked_mean
+from .packing import Segments
 
 
 class HyperLlavaProjector(LlavaMultiModalProjector):
@@ -88,18 +89,23 @@ class ExpertContext:
     """One forward call's language-expert weights: given (decoding), or generated when the guidance layer is reached.
 
     The guidance is the state entering that block, pooled over the first turn's prompt tokens. Answer tokens never enter it: they
-    would leak the label.
+    would leak the label. In packed rows every segment has guidance and weights of its own: mask and weights are then [S, L], [S, ...].
     """
 
-    def __init__(self, generator: HyperNetwork, guidance_mask_BT: Tensor | None, weights: ExpertWeights | None) -> None:
+    def __init__(
+        self, generator: HyperNetwork, guidance_mask_BT: Tensor | None, weights: ExpertWeights | None, segments: Segments | None = None
+    ) -> None:
         self.generator = generator
         self.settings: LanguageExpertConfig = generator.config  # pyright: ignore[reportAttributeAccessIssue]
         self.guidance_mask_BT = guidance_mask_BT
+        self.segments = segments
         self.generated: Generated | None = generator(None, weights) if weights is not None else None
 
     def guidance(self, hidden_BTD: Tensor) -> Tensor:
-        """[B, D] fp32, one vector a sample."""
+        """[B, D] fp32, one vector a sample ([S, D] of packed rows)."""
         assert self.guidance_mask_BT is not None
+        if self.segments is not None:
+            hidden_BTD = self.segments.spread(hidden_BTD)
         pool = last_marked if self.settings.guidance == "last_prompt_token" else masked_mean
         guidance_BD = pool(hidden_BTD, self.guidance_mask_BT)
         return guidance_BD.detach() if self.settings.detach else guidance_BD
@@ -137,13 +143,14 @@ class ExpertBlock(nn.Module):
         # weights again in the backward pass. The checkpointed part gets them as positional tensors, right for both kinds of checkpoint.
         context = _present(expert_context)
         weights = context.fill(hidden_states).layer(self.expert_index)
-        return super().__call__(hidden_states, *weights, generator=context.generator, **kwargs)
+        return super().__call__(hidden_states, *weights, generator=context.generator, segments=context.segments, **kwargs)
 
     def forward(
         self,
         hidden_states: Tensor,
         *weights: Tensor,
         generator: HyperNetwork,
+        segments: Segments | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
@@ -163,7 +170,9 @@ class ExpertBlock(nn.Module):
         hidden_BTD = hidden_states + attended_BTD
         normed_BTD = self.post_attention_layernorm(hidden_BTD)
         static_BTD = self.mlp(normed_BTD)
-        expert_BTD = apply_expert(normed_BTD, weights, generator.config.activation)
+        own = normed_BTD if segments is None else segments.spread(normed_BTD)
+        expert = apply_expert(own, weights, generator.config.activation)
+        expert_BTD = expert if segments is None else segments.join(expert)
         generator.record_ratio(expert_BTD, static_BTD)
         return hidden_BTD + static_BTD + expert_BTD
 

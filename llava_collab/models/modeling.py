@@ -5,6 +5,7 @@ Shapes: B samples, T tokens, N images, P tokens an image, V tower width, D model
 With both experts off every tensor equals `LlavaForConditionalGeneration`'s. With the language expert on, a prompt's guidance writes
 weights at prefill; they are returned with the output and travel through `generate` in the model kwargs, next to the cache.
 What would silently be wrong then (a cache without its weights, chunked prefill, assisted decoding) raises a ValueError.
+In training a row may hold several samples (`segment_ids`), which then see nothing of each other.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration import HyperLlavaConfig
 from .experts import ExpertContext, HyperLlavaProjector, check_expert_weights, install_experts, prompt_mask
 from .hypernetwork import ExpertWeights, HyperNetwork
+from .packing import Segments, read_segments, segment_starts, unpackable
 
 
 @dataclass
@@ -94,6 +96,7 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
         visual_expert_weights: tuple[tuple[Tensor, Tensor], ...] | None = None,
         guidance_mask: Tensor | None = None,
         expert_weights: tuple[Tensor, Tensor] | None = None,
+        segment_ids: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> HyperLlavaModelOutputWithPast:
@@ -103,10 +106,21 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
         visual_expert_weights: with `image_features`, weights for the visual experts instead of each image's own.
         guidance_mask: bool [B, T], the first turn's prompt tokens; by default all attended tokens before the first label.
         expert_weights: the prefill's, required with a non-empty cache. labels: only used to find the prompt.
+        segment_ids: int64 [B, T], for rows of several samples: 1, 2, ... within the row, 0 for padding behind. `attention_mask` and
+            `position_ids` follow from it, there is no cache, and `expert_weights` has a row a segment, the first row's segments first.
         """
         if mm_encoder_outputs is not None:  # not an argument of every supported transformers version
             kwargs["mm_encoder_outputs"] = mm_encoder_outputs
-        context = self._expert_context(input_ids, inputs_embeds, attention_mask, past_key_values, guidance_mask, expert_weights, labels)
+        segments = None
+        if segment_ids is not None:
+            if past_key_values is not None or kwargs.get("use_cache"):
+                raise ValueError("packed rows (segment_ids) keep no cache: leave out past_key_values and use_cache")
+            shape_BT = _tokens(input_ids, inputs_embeds).shape[:2]
+            segments = self._packed(read_segments(segment_ids, shape_BT, attention_mask, position_ids), kwargs)
+            attention_mask, position_ids = None, segments.position_BT
+        context = self._expert_context(
+            input_ids, inputs_embeds, attention_mask, past_key_values, guidance_mask, expert_weights, segments, labels
+        )
         if context is not None:
             kwargs["expert_context"] = context
         if image_features is not None:
@@ -139,22 +153,38 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
         past_key_values: Cache | None,
         guidance_mask: Tensor | None,
         expert_weights: tuple[Tensor, Tensor] | None,
+        segments: Segments | None,
         labels: Tensor | None,
     ) -> ExpertContext | None:
         if self.language_expert is None:
             return None
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        if tokens is None:
-            raise ValueError("pass `input_ids` or `inputs_embeds`")
+        tokens = _tokens(input_ids, inputs_embeds)
+        shape = tokens.shape[:2]
+        if segments is not None:  # what is asked of a row below is asked of a segment
+            shape = torch.Size((segments.count, segments.longest))
+            attention_mask = segments.spread(segments.ids_BT > 0)
+            guidance_mask = segments.spread(guidance_mask) if guidance_mask is not None else None
+            labels = segments.spread(labels, -100) if labels is not None else None
         if expert_weights is not None:
-            return ExpertContext(self.language_expert, None, check_expert_weights(ExpertWeights(*expert_weights), tokens.shape[0]))
+            weights = check_expert_weights(ExpertWeights(*expert_weights), shape[0])
+            return ExpertContext(self.language_expert, None, weights, segments)
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             raise ValueError(
                 "a filled key-value cache was passed without the `expert_weights` of the call that filled it: its states were made with "
                 "weights that this call can't know. Pass the `expert_weights` of that call's output, or prefill the whole prompt again"
             )
-        mask_BT = prompt_mask(guidance_mask, attention_mask, labels, tokens.shape[:2], tokens.device)
-        return ExpertContext(self.language_expert, mask_BT, None)
+        mask_BT = prompt_mask(guidance_mask, attention_mask, labels, shape, tokens.device)
+        return ExpertContext(self.language_expert, mask_BT, None, segments)
+
+    def _packed(self, segments: Segments, kwargs: dict[str, Any]) -> Segments:
+        """`segments`, with what the decoder needs beside positions added to its keyword arguments."""
+        config: Any = self.language_model.config
+        if (trouble := unpackable(config)) is not None:
+            raise ValueError(f"packed rows (segment_ids) are not possible here: {trouble}")
+        kwargs["use_cache"] = False  # with a cache transformers no longer looks for samples in a row
+        if config._attn_implementation.startswith("flash_attention"):
+            kwargs |= segments.boundaries()
+        return segments
 
     def get_image_features(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stock LLaVA's; the class token stays in front where it is the visual expert's guidance (the projector takes it off)."""
@@ -211,6 +241,7 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
         visual_expert_weights: tuple[tuple[Tensor, Tensor], ...] | None = None,
         guidance_mask: Tensor | None = None,
         expert_weights: tuple[Tensor, Tensor] | None = None,
+        segment_ids: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         supervised_logits_only: bool = False,
         **kwargs: Any,
@@ -235,12 +266,15 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
             visual_expert_weights=visual_expert_weights,
             guidance_mask=guidance_mask,
             expert_weights=expert_weights,
+            segment_ids=segment_ids,
             labels=labels,
             return_dict=True,
             **kwargs,
         )
         hidden_BTD = outputs.last_hidden_state
         loss = None
+        if labels is not None and segment_ids is not None:  # or a sample's last token would learn to predict the next sample's first
+            labels = labels.masked_fill(segment_starts(segment_ids), -100)
         if labels is not None and supervised_logits_only:
             next_BT = F.pad(labels, (0, 1), value=-100)[:, 1:]
             keep_BT = next_BT != -100
@@ -264,7 +298,9 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
         )
 
     def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any) -> Any:
-        """transformers' `generate`; with the language expert on, decoding modes whose weights would be wrong raise ValueError."""
+        """transformers' `generate`. ValueError for packed rows and, the language expert on, for decoding whose weights would be wrong."""
+        if kwargs.get("segment_ids") is not None:
+            raise ValueError("generate takes one sample a row: packed rows (segment_ids) are for training, a row goes on only at its end")
         if self.config.language_expert is not None:
             self._refuse_unsound_decoding(generation_config or self.generation_config, kwargs)
             mask = kwargs.get("attention_mask")
@@ -320,6 +356,13 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
         expand = super()._expand_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]
         input_ids, kwargs = expand(expand_size=expand_size, input_ids=input_ids, **kwargs)
         return input_ids, kwargs | images
+
+
+def _tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    tokens = input_ids if input_ids is not None else inputs_embeds
+    if tokens is None:
+        raise ValueError("pass `input_ids` or `inputs_embeds`")
+    return tokens
 
 
 def _register() -> None:

@@ -6,7 +6,7 @@ lets the tokens of a step be counted before its first forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader
 from llava_collab.data.collate import Batch, Collator
 from llava_collab.data.conversation import IGNORE_INDEX, IMAGE_MARK
 from llava_collab.data.dataset import ConversationDataset
+from llava_collab.data.packing import Plan, one_a_row, packed
 from llava_collab.data.sampler import GroupedBatchSampler
 from llava_collab.data.samples import Sample, read_samples
 from llava_collab.models.build import feature_cache
+from llava_collab.training.packing import decide
 from llava_collab.training.recipe import DataRecipe, Recipe, RecipeError
 from llava_collab.types import Turn
 
@@ -37,29 +39,40 @@ class LoaderError(RuntimeError):
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Collates a rank's share of a step: sorted by length (less padding), cut into micro-batches. Picklable, for workers."""
+    """Collates a rank's share of a step: grouped by length (less padding), cut into micro-batches. Picklable, for workers."""
 
     collator: Collator
     size: int
+    """Most samples in a micro-batch."""
+    longest_row: int | None = None
+    """Most positions in a row of several samples; None: one sample a row."""
     idle: dict[str, Any] | None = None
     """Where ranks have to keep step: a sample that teaches nothing, with an image, for batches without one."""
 
+    def plan(self, lengths: Sequence[int]) -> Plan:
+        """Which samples go where, by their lengths."""
+        return one_a_row(lengths, self.size) if self.longest_row is None else packed(lengths, self.size, self.longest_row)
+
     def __call__(self, samples: list[dict[str, Any]]) -> list[Batch]:
         """Batches of at most `size` samples; none for an empty share."""
-        samples = sorted(samples, key=lambda sample: len(sample["input_ids"]))
-        return [self._batch(samples[k : k + self.size]) for k in range(0, len(samples), self.size)]
+        plan = self.plan([len(sample["input_ids"]) for sample in samples])
+        return [self._batch([[samples[index] for index in row] for row in rows]) for rows in plan]
 
     def idle_batch(self) -> Batch | None:
         """A batch that runs every module and adds nothing to loss or gradient; None where ranks need not keep step."""
-        return None if self.idle is None else self.collator([self.idle])
+        return None if self.idle is None else self._collate([[self.idle]])
 
-    def _batch(self, samples: list[dict[str, Any]]) -> Batch:
-        if self.idle is None or any(key in sample for sample in samples for key in IMAGES) or not any(key in self.idle for key in IMAGES):
-            return self.collator(samples)
-        batch = self.collator([*samples, self.idle])
+    def _batch(self, rows: list[list[dict[str, Any]]]) -> Batch:
+        seen = any(key in sample for row in rows for sample in row for key in IMAGES)
+        if self.idle is None or seen or not any(key in self.idle for key in IMAGES):
+            return self._collate(rows)
+        batch = self._collate([*rows, [self.idle]])
         batch["idle_rows"] = 1
         batch["sample_ids"].pop()
         return batch
+
+    def _collate(self, rows: list[list[dict[str, Any]]]) -> Batch:
+        return self.collator([sample for row in rows for sample in row]) if self.longest_row is None else self.collator.pack(rows)
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ class Batches:
 
     def __init__(self, dataset: ConversationDataset, collate: MicroBatches, recipe: Recipe, rank: int, ranks: int) -> None:
         self._dataset = dataset
-        self._sampler = GroupedBatchSampler(dataset.lengths, dataset.has_image, recipe.run.batch_size, recipe.run.seed)
+        self._sampler = _sampler(dataset, recipe)
         workers = recipe.run.num_workers
         self._loader = DataLoader(
             dataset,
@@ -155,8 +168,15 @@ def open_batches(recipe: Recipe, student: Student, accelerator: Accelerator, loc
     )
     tokenizer = student.processor.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collate = MicroBatches(Collator(pad), recipe.run.micro_batch_size, idle_sample(student, recipe.data) if lockstep else None)
+    text_config = student.model.model.language_model.config
+    longest_row = decide(recipe, _sampler(dataset, recipe), accelerator.num_processes, text_config, accelerator.print)
+    idle = idle_sample(student, recipe.data) if lockstep else None
+    collate = MicroBatches(Collator(pad), recipe.run.micro_batch_size, longest_row, idle)
     return Batches(dataset, collate, recipe, accelerator.process_index, accelerator.num_processes)
+
+
+def _sampler(dataset: ConversationDataset, recipe: Recipe) -> GroupedBatchSampler:
+    return GroupedBatchSampler(dataset.lengths, dataset.has_image, recipe.run.batch_size, recipe.run.seed)
 
 
 def idle_sample(student: Student, data: DataRecipe) -> dict[str, Any]:

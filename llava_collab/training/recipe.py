@@ -52,6 +52,9 @@ class DataRecipe:
     """Strip images and image marks (the twin run that shows what the pictures are worth)."""
     feature_cache: bool = False
     """Run the frozen vision tower once over every image and train from its stored output."""
+    packing: Literal["auto", "on", "off"] = "off"
+    """Several samples in one row, each with attention, guidance and weights of its own; the result stays the same. auto: where more than
+    10 % of all positions are padding after grouping by length."""
     max_bad_fraction: float = 0.01
     """Stop when more than this fraction of the samples can't be used."""
 

@@ -23,7 +23,7 @@ NEUTRAL_KEYS = frozenset(
     {
         "run.out", "run.save_every", "run.save_first", "run.keep_last", "run.log_every", "run.threads", "run.num_workers",
         "run.deadline_minutes", "run.micro_batch_size", "run.gradient_checkpointing", "run.engine", "run.engine_config",
-        "run.compile", "run.checkpoint", "run.stall_minutes", "run.timeout_minutes", "run.peak_tflops",
+        "run.compile", "run.checkpoint", "run.stall_minutes", "run.timeout_minutes", "run.peak_tflops", "data.packing",
     }
 )  # fmt: skip
 """Keys that may change between two starts of one run: they do not change what a step computes (but for rounding)."""
@@ -107,6 +107,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             return None
         return _convert(value, next(a for a in args if a is not type(None)), where)
     if origin is Literal:
+        if type(value) is bool and "on" in args:  # YAML 1.1 reads on and off as true and false
+            value = "on" if value else "off"
         if value not in args:
             raise RecipeError(f"{where} must be one of {', '.join(map(str, args))}, not {value!r}.{_closest(str(value), map(str, args))}")
         return value

@@ -55,7 +55,8 @@ def count(micro_batches: Sequence[Batch], accelerator: Accelerator, stop: bool =
         idle = batch.get("idle_rows", 0)
         rows, columns = batch["input_ids"].shape[0] - idle, batch["input_ids"].shape[1]
         tokens = int(batch["attention_mask"][:rows].sum())
-        totals += torch.tensor([supervised, tokens, rows * columns, rows, images - min(idle, images), rows * columns**2, 0])
+        samples = int(batch["segment_ids"][:rows].amax(1).sum()) if "segment_ids" in batch else rows
+        totals += torch.tensor([supervised, tokens, rows * columns, samples, images - min(idle, images), rows * columns**2, 0])
     totals[-1] = int(stop)
     counts = Counts(*_sum(totals, accelerator).tolist())
     if counts.supervised == 0:
