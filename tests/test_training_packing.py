@@ -50,7 +50,7 @@ def test_counts_of_packed_rows() -> None:
         "segment_ids": torch.tensor([[1, 1, 2, 2], [1, 1, 0, 0]]),
         "labels": torch.tensor([[-100, 6, -100, 7], [-100, 8, -100, -100]]),
     }
-    assert count([batch], Accelerator(cpu=True)) == Counts(supervised=3, tokens=6, positions=8, samples=3, images=0, stop=0)
+    assert count([batch], Accelerator(cpu=True)) == Counts(supervised=3, tokens=6, positions=8, samples=3, images=0, squares=32, stop=0)
 
 
 def test_auto_packs_exactly_where_more_than_a_tenth_is_padding() -> None:

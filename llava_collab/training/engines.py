@@ -378,6 +378,7 @@ class Zero(Sharded):
         torch.distributed.all_reduce(whole)
         return whole[: shape.numel()].reshape(shape)
 
+    @torch.no_grad()
     def _scatter(self, name: str, key: str | None, value: Tensor) -> None:
         if (part := self._part(name, key)) is not None:
             padded = nn.functional.pad(value.flatten(), (0, self.accelerator.num_processes))
