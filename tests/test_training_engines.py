@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from itertools import product
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from running import arguments, log_rows, run_apart, run_here
 from safetensors.torch import load_file
 from synthetic import draw_shape, write_shapes
 
-DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+DEEPSPEED = importlib.util.find_spec("deepspeed") is not None and shutil.which("g++") is not None  # it builds an operator
 ENGINES = ("ddp", "fsdp2", *(("zero2", "zero3") if DEEPSPEED else ()))
 STEPS, HALF = 20, 10
 RUN = ("--run.steps", str(STEPS), "--run.save-every", str(HALF), "--run.no-save-first")
@@ -136,6 +137,12 @@ def test_a_model_of_shards_is_saved_as_any_other(runs: Path, engine: str) -> Non
     assert config == wanted
     files = {path.name for path in (runs / f"{engine}-4/checkpoints/step-20").iterdir()}
     assert {path.name for path in (runs / "one/checkpoints/step-20").iterdir()} <= files
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_learn_the_same(runs: Path, tmp_path: Path) -> None:
+    assert run_here("tiny-instruct", runs / "shapes/shapes.jsonl", tmp_path / "run", *RUN, "--run.compile") == 0
+    _close(tmp_path / "run", runs / "one")
 
 
 def test_fewer_and_more_ranks_without_any_launcher(runs: Path, tmp_path: Path) -> None:
