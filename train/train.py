@@ -21,7 +21,8 @@ import torch
 from accelerate import Accelerator
 
 from llava_collab.data.conversation import SampleError
-from llava_collab.data.dataset import TooManyBadSamples
+from llava_collab.data.places import ShardError
+from llava_collab.data.skips import TooManyBadSamples
 from llava_collab.files import read_json, write_json
 from llava_collab.training.batches import Batches, open_batches
 from llava_collab.training.checkpoint import CheckpointError, Checkpoints
@@ -73,6 +74,8 @@ def train(recipe: Recipe) -> int:
 
     # The loop, then a plain model folder
     code = learn(run, done)
+    if len(batches.skips):
+        accelerator.print(batches.skips.text())
     if code == 0 and accelerator.is_main_process:
         merged = "" if student.tuner is None else " (adapters merged into the base; the last checkpoint keeps them apart)"
         print(f"finished: the model is in {finish(recipe, student, steps)}{merged}")
@@ -114,7 +117,7 @@ def learn(run: Run, done: int) -> int:
             optimizer.zero_grad(set_to_none=True)
             coverage.after_step(step, rates, counts.images > 0)
 
-            row = log_row(step, loss, rates, norms, counts, time.perf_counter() - began) | {"skipped": run.batches.skipped}
+            row = log_row(step, loss, rates, norms, counts, time.perf_counter() - began) | {"skipped": len(run.batches.skips)}
             if logged:
                 row["experts"] = health.read()
                 for alarm in health.alarms(row["experts"]):
@@ -188,7 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with exclusive(Path(recipe.run.out)):
             return train(recipe)
-    except (RecipeError, SampleError, TooManyBadSamples, CheckpointError, EmptyStepError, NonFiniteError, CoverageError) as error:
+    except (RecipeError, SampleError, ShardError, TooManyBadSamples) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except (CheckpointError, EmptyStepError, NonFiniteError, CoverageError) as error:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError as error:
         print(f"error: out of memory: {error}\nLower run.micro_batch_size (the result stays the same), set ", end="", file=sys.stderr)
