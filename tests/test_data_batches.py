@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from llava_collab.data.collate import Collator
 from llava_collab.data.conversation import IGNORE_INDEX, EncodedText, SampleError
@@ -308,7 +307,9 @@ def test_the_list_of_skips_names_each_once_and_goes_on_after_a_resume(tmp_path: 
     again.add([skip(7)])
     again.load(json.loads(json.dumps(rows)))  # of a checkpoint of step 3 or 4
     assert path.read_text().count("\n") == 3 and again.state() == rows
-    with pytest.raises(TooManyBadSamples, match="16 of 1000 samples are bad, all listed in .*skipped.jsonl[^$]*s7 .7.png., s20 .*\\.\\.\\."):
+    with pytest.raises(
+        TooManyBadSamples, match="16 of 1000 samples are bad, all listed in .*skipped.jsonl[^$]*s7 .7.png., s20 .*\\.\\.\\."
+    ):
         again.add([skip(index) for index in range(100, 113)], step=4)
     assert path.read_text().count("\n") == 16
     caplog.clear()

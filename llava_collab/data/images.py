@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import overload
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from llava_collab.data.conversation import SampleError
 from llava_collab.data.places import ShardError
@@ -62,7 +62,8 @@ def load_image(path: Picture | str, sample_id: str = "") -> Image.Image:
         told = f"{found}: {error}; the limit is {MAX_PIXELS} pixels, scale it down"
         raise SampleError(sample_id, "image_too_large", told, str(path)) from error
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, zlib.error) as error:
-        raise SampleError(sample_id, "truncated_image", f"{found} can't be decoded ({error}); fetch it again", str(path)) from error
+        why = "no picture of a known kind" if isinstance(error, UnidentifiedImageError) else error  # Pillow's text has a memory address
+        raise SampleError(sample_id, "truncated_image", f"{found} can't be decoded ({why}); fetch it again", str(path)) from error
 
 
 def _on_white(image: Image.Image) -> Image.Image:

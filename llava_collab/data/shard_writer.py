@@ -85,20 +85,26 @@ def _write_all(file: Path, out: Path, root: Path, per_shard: int, workers: int, 
             done[name] = entry
             bar.update(len(part.records))
             skips.add(Skip(**skip) for skip in entry["left_out"])
-    for name in known.keys() - done.keys():  # of a longer file, or of smaller shards
-        for kind in ("tar", "jsonl"):
-            (out / f"{name}.{kind}").unlink(missing_ok=True)
-    for stale in out.glob(".shard-*.tmp"):  # of a writer that was killed
-        stale.unlink()
-    if done != known:
-        write_json(out / JOURNAL, done)
-    shards = [{"name": name} | {key: entry[key] for key in ("samples", "pictures", "tar", "jsonl")} for name, entry in done.items()]
-    totals = {key: sum(entry[key] for entry in done.values()) for key in ("samples", "pictures")}
-    left_out = {reason: len(ids) for reason, ids in skips.by_reason().items()}
-    index = {"format": FORMAT, **totals, "left_out": left_out, "shards": shards}
+    index = _index(done, skips)
     if not (out / INDEX).is_file() or read_json(out / INDEX) != index:
         write_json(out / INDEX, index)
+    _tidy(out, known.keys() - done.keys())
+    if done != known:
+        write_json(out / JOURNAL, done)
     return out / INDEX
+
+
+def _index(done: dict[str, Any], skips: SkipList) -> dict[str, Any]:
+    shards = [{"name": name} | {key: entry[key] for key in ("samples", "pictures", "tar", "jsonl")} for name, entry in done.items()]
+    totals = {key: sum(shard[key] for shard in shards) for key in ("samples", "pictures")}
+    left_out = {reason: len(ids) for reason, ids in skips.by_reason().items()}
+    return {"format": FORMAT, **totals, "left_out": left_out, "shards": shards}
+
+
+def _tidy(out: Path, stale: Iterable[str]) -> None:
+    """Remove shards of a longer file or of smaller shards, and what a killed writer had begun."""
+    for path in [out / f"{name}.{kind}" for name in stale for kind in ("tar", "jsonl")] + list(out.glob(".shard-*.tmp")):
+        path.unlink(missing_ok=True)
 
 
 def _parts(file: Path, out: Path, root: Path, per_shard: int, known: dict[str, Any]) -> Iterator[_Part]:

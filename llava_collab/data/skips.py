@@ -75,7 +75,7 @@ class SkipList:
             with self._path.open("a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps({"step": step, **asdict(skip)}) + "\n" for skip in new)
         if len(self) > self.limit:
-            raise TooManyBadSamples(self.text() + f"\nmore than {self.limit} are not allowed; repair the files, or raise the limit")
+            raise TooManyBadSamples(self.text() + f"\nmore than {self.limit} are not allowed; repair the files, or raise max_bad_fraction")
 
     def state(self) -> list[dict[str, Any]]:
         """JSON-able rows, as in the file."""
