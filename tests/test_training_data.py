@@ -14,7 +14,6 @@ import torch
 from running import ROOT, arguments, log_rows, losses, run_apart, run_here
 from synthetic import write_shapes
 
-from llava_collab.data.shard_cache import ShardCache
 from llava_collab.data.shard_writer import write_shards
 from llava_collab.models.build import ModelSpec, build
 from llava_collab.training.batches import Batches, open_batches
@@ -73,20 +72,21 @@ def test_batches_from_shards_are_those_of_the_file(data: Path, index: Path, tmp_
         assert same(steps(open_at(address, tmp_path, **options), 20), windowed)
 
 
-def test_shards_in_a_recipe_are_checked(data: Path, index: Path, tmp_path: Path) -> None:
-    address = f"file://{index}"
-    cache = ShardCache(tmp_path / "cache", 1 << 30)
+def test_shards_in_a_recipe_are_checked(data: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_COLLAB_CACHE", str(tmp_path / "cache"))
+    remote, local, plain = DataFile(f"file://{index}"), DataFile(str(index)), DataFile(str(data))
     with pytest.raises(RecipeError, match="image_root is given, but .* names shards"):
-        read_all(DataRecipe((DataFile(str(index), image_root="x"),)), cache)
+        read_all(DataRecipe((DataFile(str(index), image_root="x"),)))
     with pytest.raises(RecipeError, match="data.shard_window is 4, but no file of data.files names shards"):
-        read_all(DataRecipe((DataFile(str(data)),), shard_window=4), cache)
-    tiny = DataRecipe((DataFile(address),), shard_cache_gib=1e-6)
-    with pytest.raises(RecipeError, match="data.shard_cache_gib: 1e-06 GiB can't hold twice the 16 shards"):
-        window(tiny, read_all(tiny, cache))
-    assert window(DataRecipe((DataFile(str(index)),)), read_all(DataRecipe((DataFile(str(index)),)), cache)) is None
-    both = DataRecipe((DataFile(address), DataFile(str(data)), DataFile(address)))
-    found = window(both, read_all(both, cache))
+        read_all(DataRecipe((plain,), shard_window=4))
+    small = DataRecipe((remote,), shard_cache_gib=1e-4)
+    with pytest.raises(RecipeError, match="data.shard_cache_gib: 0.0001 GiB can't hold twice the 16 shards"):
+        window(small, read_all(small))
+    alone, mixed = DataRecipe((local,)), DataRecipe((remote, plain, remote))
+    assert window(alone, read_all(alone)) is None
+    found = window(mixed, read_all(mixed))
     assert found is not None and found.size == 16 and set(found.shards) == {-1, *range(12)}
+    assert (tmp_path / "cache" / "shards").is_dir()
 
 
 @pytest.mark.slow

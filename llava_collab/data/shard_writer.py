@@ -96,7 +96,7 @@ def _write_all(file: Path, out: Path, root: Path, per_shard: int, workers: int, 
 
 def _index(done: dict[str, Any], skips: SkipList) -> dict[str, Any]:
     shards = [{"name": name} | {key: entry[key] for key in ("samples", "pictures", "tar", "jsonl")} for name, entry in done.items()]
-    totals = {key: sum(shard[key] for shard in shards) for key in ("samples", "pictures")}
+    totals = {key: sum(entry[key] for entry in done.values()) for key in ("samples", "pictures")}
     left_out = {reason: len(ids) for reason, ids in skips.by_reason().items()}
     return {"format": FORMAT, **totals, "left_out": left_out, "shards": shards}
 

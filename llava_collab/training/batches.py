@@ -21,7 +21,7 @@ from llava_collab.data.dataset import ConversationDataset
 from llava_collab.data.sampler import GroupedBatchSampler
 from llava_collab.data.skips import Skip, SkipList
 from llava_collab.models.build import feature_cache
-from llava_collab.training.data_files import read_all, shard_cache, window
+from llava_collab.training.data_files import read_all, window
 from llava_collab.training.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Batches:
 
 def open_batches(recipe: Recipe, student: Student, accelerator: Accelerator) -> Batches:
     """Read the recipe's files, fill the feature cache if asked for, and stand before the first step."""
-    samples = read_all(recipe.data, shard_cache(recipe.data))
+    samples = read_all(recipe.data)
     quiet = not accelerator.is_main_process
     skips = SkipList(len(samples), recipe.data.max_bad_fraction, None if quiet else Path(recipe.run.out) / SKIPPED, quiet)
     cache = None

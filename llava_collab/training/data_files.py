@@ -16,13 +16,12 @@ from llava_collab.training.recipe import DataFile, DataRecipe, RecipeError
 REMOTE_WINDOW = 16
 
 
-def shard_cache(data: DataRecipe) -> ShardCache:
-    """Where copies of remote shards go; nothing is made before there is one."""
-    return ShardCache(Path(data.shard_cache or cache_root() / "shards"), int(data.shard_cache_gib * 2**30))
+def read_all(data: DataRecipe) -> list[Sample]:
+    """All samples of all files, each file `repeat` times.
 
-
-def read_all(data: DataRecipe, cache: ShardCache) -> list[Sample]:
-    """All samples of all files, each file `repeat` times. Raises RecipeError for a file, a category or a family that is not there."""
+    Raises RecipeError for a file, a category or a family that is not there, ShardError for shards that are not as their index says.
+    """
+    cache = ShardCache(Path(data.shard_cache or cache_root() / "shards"), int(data.shard_cache_gib * 2**30))
     if data.shard_window is not None and not any(names_shards(file.path) for file in data.files):
         raise RecipeError(f"data.shard_window is {data.shard_window}, but no file of data.files names shards; take it out.")
     samples: list[Sample] = []
