@@ -96,12 +96,12 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[int]:
+def locked(path: Path, *, wait: bool = False) -> Iterator[int]:
     """Hold a lock file, and give its descriptor; the kernel frees it when the last process that has it dies, however.
 
-    Raises BlockingIOError where another process holds it.
+    Raises BlockingIOError where another process holds it and this one is not to `wait`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield handle.fileno()

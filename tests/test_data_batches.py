@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from llava_collab.data.collate import Collator
 from llava_collab.data.conversation import IGNORE_INDEX, EncodedText, SampleError
-from llava_collab.data.dataset import ConversationDataset, TooManyBadSamples
+from llava_collab.data.dataset import ConversationDataset
 from llava_collab.data.features import FeatureCache
-from llava_collab.data.sampler import GroupedBatchSampler
+from llava_collab.data.sampler import GroupedBatchSampler, Window
 from llava_collab.data.samples import Sample
+from llava_collab.data.skips import Skip, SkipList, TooManyBadSamples
 from llava_collab.types import Turn
 
 
@@ -54,7 +54,7 @@ def make_samples(folder: Path, n: int) -> list[Sample]:
 
 def test_items_and_their_batch(tmp_path: Path) -> None:
     dataset = ConversationDataset(make_samples(tmp_path, 4), FakeProcessor(), max_length=None)
-    assert dataset.lengths == [6, 9, 6, 9] and dataset.has_image == [True, True, False, True] and dataset.skipped == {}
+    assert dataset.lengths == [6, 9, 6, 9] and dataset.has_image == [True, True, False, True] and dataset.skips.by_reason() == {}
     item = dataset[1]
     assert item["sample_id"] == "s1" and item["category"] == "Visual QA"
     assert item["input_ids"].dtype == item["labels"].dtype == torch.int64 and item["guidance_mask"].dtype == torch.bool
@@ -91,33 +91,27 @@ def test_bad_samples_are_replaced_by_the_next_good_one(tmp_path: Path) -> None:
     samples[9].images[0].write_bytes(samples[9].images[0].read_bytes()[:50])  # found at access
     samples[59] = Sample("s59", (), (Turn("user", "<image>"), Turn("assistant", "yes")))
     dataset = ConversationDataset(samples, FakeProcessor(), max_length=None)
-    assert dataset.skipped == {"missing_image": ["s10"], "image_count": ["s59"]}
+    assert dataset.skips.by_reason() == {"missing_image": ["s10"], "image_count": ["s59"]}
     assert dataset.lengths[10] == dataset.lengths[11] and not dataset.has_image[10]
     assert [dataset[i]["sample_id"] for i in (8, 9, 10, 11, 59, 9)] == ["s8", "s11", "s11", "s11", "s0", "s11"]
-    assert dataset.skipped["truncated_image"] == ["s9"]
+    reported = [[(skip.id, skip.reason, Path(skip.file).name) for skip in dataset[i]["skipped"]] for i in (8, 9, 9, 10, 59)]
+    cut, gone = ("s9", "truncated_image", "9-0.png"), ("s10", "missing_image", "10-0.png")
+    assert reported == [[], [cut, gone], [cut, gone], [gone], [("s59", "image_count", "")]]  # known or not: the same each time
+    assert "truncated_image" not in dataset.skips.by_reason()  # counted by whoever takes the item
     assert len(dataset) == 60 and dataset[-2]["sample_id"] == "s58"
     with pytest.raises(IndexError):
         dataset[60]
-
-
-def test_workers_report_bad_samples_to_the_main_process(tmp_path: Path) -> None:
-    samples = make_samples(tmp_path, 40)
-    samples[4].images[0].write_bytes(b"no image")
-    dataset = ConversationDataset(samples, FakeProcessor(), max_length=None)
-    sampler = GroupedBatchSampler(dataset.lengths, dataset.has_image, batch_size=8)
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=1, collate_fn=Collator(0), timeout=60)  # type: ignore[arg-type]
-    ids = [i for batch in islice(loader, len(sampler)) for i in batch["sample_ids"]]
-    assert len(ids) == 40 and "s4" not in ids
-    assert dataset.skipped == {"truncated_image": ["s4"]}
 
 
 def test_too_many_bad_samples_stop_the_run_with_a_table(tmp_path: Path) -> None:
     samples = make_samples(tmp_path, 20)
     with pytest.raises(TooManyBadSamples, match=r"too_long +.*s1[0-9]"):
         ConversationDataset(samples, FakeProcessor(), max_length=20)
-    samples[4].images[0].write_bytes(b"no image")
-    with pytest.raises(TooManyBadSamples, match="1 of 20 samples are bad, 0 are allowed"):
-        ConversationDataset(samples, FakeProcessor(), max_length=None, max_bad_fraction=0)[4]
+    samples[4].images[0].unlink()
+    with pytest.raises(TooManyBadSamples, match="1 of 20 samples are bad[^$]*missing_image +s4 .*4-0.png[^$]*more than 0 are not allowed"):
+        ConversationDataset(samples, FakeProcessor(), max_length=None, skips=SkipList(20, max_bad_fraction=0))
+    with pytest.raises(TooManyBadSamples, match="all 1 samples are bad"):
+        ConversationDataset([samples[4]], FakeProcessor(), max_length=None, skips=SkipList(1000))
     with pytest.raises(ValueError, match="no samples"):
         ConversationDataset([], FakeProcessor(), max_length=None)
 
@@ -174,6 +168,42 @@ def test_resumes_at_the_very_next_batch(taken: int) -> None:
     list(islice(prefetched, taken + 7))
     resumed.load_state_dict(prefetched.state_dict(taken=taken))
     assert next(iter(resumed)) == expected[taken]
+
+
+def shards_of(sampler: GroupedBatchSampler, epoch: int) -> list[set[int]]:
+    """The shards that each step of an epoch takes."""
+    assert sampler.window is not None
+    numbers = np.asarray(sampler.window.shards)
+    return [set(numbers[batch].tolist()) - {-1} for batch in sampler.batches(epoch)]
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_a_window_keeps_steps_near_few_shards(size: int) -> None:
+    rng = np.random.default_rng(0)
+    has_image = rng.random(4000) < 0.8
+    numbers = np.where(has_image, np.arange(4000) // 100, -1)  # 40 shards of about 80 pictures
+    lengths = rng.integers(5, 500, 4000)
+    sampler = GroupedBatchSampler(lengths.tolist(), has_image.tolist(), 16, 0, Window(numbers.tolist(), size))
+    for epoch in range(2):
+        batches = sampler.batches(epoch)
+        assert len(batches) == len(sampler) and sorted(i for batch in batches for i in batch) == list(range(4000))
+        assert max(lengths) == lengths[batches[0]].max()
+        steps = shards_of(sampler, epoch)
+        opened = [next(k for k, step in enumerate(steps) if shard in step) for shard in range(40)]
+        closed = [max(k for k, step in enumerate(steps) if shard in step) for shard in range(40)]
+        open_at = [sum(a <= k <= b for a, b in zip(opened, closed, strict=True)) for k in range(len(steps))]
+        assert max(open_at[1:]) <= min(size + 2, 40)  # what a cache has to hold; the first step is the longest of the first window
+        if size == 4:  # mixed, at the beginning and the end too, and text-only steps are spread over the epoch
+            assert min(len(step) for step in steps[1:] if step) >= 2 and np.mean([len(step) for step in steps if step]) > 3
+            assert np.diff([k for k, step in enumerate(steps) if not step]).max() < 20
+    assert sampler.batches(0) != sampler.batches(1)
+    assert sampler.fingerprint != GroupedBatchSampler(lengths.tolist(), has_image.tolist(), 16).fingerprint
+
+
+def test_a_window_without_shards_is_one_shuffle() -> None:
+    sampler = GroupedBatchSampler([5] * 64, [False] * 64, 8, 0, Window([-1] * 64, 4))
+    order = [i for batch in sampler.batches(0) for i in batch]
+    assert sorted(order) == list(range(64)) and np.abs(np.asarray(order) - np.arange(64)).mean() > 10
 
 
 def test_sampler_refuses_other_data_and_nonsense() -> None:
@@ -257,3 +287,35 @@ def test_errors_survive_the_trip_out_of_a_worker() -> None:
     """Copying rebuilds an exception from its args, as the queue between a worker and the main process does."""
     error = copy.deepcopy(SampleError("s", "too_long", "m"))
     assert (error.sample_id, error.reason, error.message) == ("s", "too_long", "m")
+
+
+def skip(index: int) -> Skip:
+    return Skip(index, f"s{index}", f"{index}.png", "missing_image", "gone")
+
+
+def test_the_list_of_skips_names_each_once_and_goes_on_after_a_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "run" / "skipped.jsonl"
+    skips = SkipList(1000, 0.015, path)
+    skips.add([skip(7)])
+    skips.add([skip(30), skip(7), skip(20)], step=3)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == skips.state() and [(row["step"], row["index"]) for row in rows] == [(0, 7), (3, 20), (3, 30)]
+    assert rows[1] == {"step": 3, "index": 20, "id": "s20", "file": "20.png", "reason": "missing_image", "message": "gone"}
+    assert skips.get(20) == skip(20) and skips.get(21) is None and len(caplog.records) == 3
+    skips.add([skip(40)], step=5)
+    again = SkipList(1000, 0.015, path)
+    again.add([skip(7)])
+    again.load(json.loads(json.dumps(rows)))  # of a checkpoint of step 3 or 4
+    assert path.read_text().count("\n") == 3 and again.state() == rows
+    with pytest.raises(
+        TooManyBadSamples, match="16 of 1000 samples are bad, all listed in .*skipped.jsonl[^$]*s7 .7.png., s20 .*\\.\\.\\."
+    ):
+        again.add([skip(index) for index in range(100, 113)], step=4)
+    assert path.read_text().count("\n") == 16
+    caplog.clear()
+    SkipList(1000, quiet=True).add([skip(1)])
+    assert not caplog.records
+    many = SkipList(10_000)
+    many.add([skip(index) for index in range(50)])
+    assert len(caplog.records) == 10 and "more will be told at the end" in caplog.text
+    assert [SkipList(n, fraction).limit for n, fraction in ((2000, 0.01), (20, 0.01), (200, 0.01), (2000, 0))] == [20, 2, 5, 0]

@@ -22,7 +22,8 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from llava_collab.data.conversation import SampleError
-from llava_collab.data.dataset import TooManyBadSamples
+from llava_collab.data.places import ShardError
+from llava_collab.data.skips import TooManyBadSamples
 from llava_collab.files import read_json, write_json
 from llava_collab.training.batches import Batches, LoaderError, open_batches
 from llava_collab.training.checkpoint import CheckpointError, Checkpoints
@@ -43,6 +44,7 @@ from llava_collab.training.watchdog import WAITING, Watchdog, lost_contact
 CURABLE = (
     RecipeError,
     SampleError,
+    ShardError,
     TooManyBadSamples,
     CheckpointError,
     EmptyStepError,
@@ -91,6 +93,8 @@ def train(recipe: Recipe) -> int:
 
     # The loop, then a plain model folder
     code = learn(run, done)
+    if len(batches.skips):
+        accelerator.print(batches.skips.text())
     weights = student.gather(engine) if code == 0 else {}
     if code == 0 and accelerator.is_main_process:
         merged = "" if student.tuner is None else " (adapters merged into the base; the last checkpoint keeps them apart)"
@@ -117,6 +121,7 @@ def learn(run: Run, done: int) -> int:
             with dog.phase("reading data"), run.meter.waiting():
                 micro_batches = run.batches.next_step()
             with dog.phase(WAITING):
+                run.batches.agree_on_skips()
                 counts = count(micro_batches, accelerator, stop=stopper.asked)
                 micro_batches = level(micro_batches, run.batches.idle, accelerator)
             logged = step % recipe.run.log_every == 0 or step in (1, run.steps)
@@ -137,7 +142,7 @@ def learn(run: Run, done: int) -> int:
             engine.update(norms)
             coverage.after_step(step, rates, counts.images > 0)
 
-            row = log_row(step, loss, rates, norms, counts) | run.meter.read(counts) | {"skipped": run.batches.skipped}
+            row = log_row(step, loss, rates, norms, counts) | run.meter.read(counts) | {"skipped": len(run.batches.skips)}
             if (usual := spikes.look(loss)) is not None:
                 tell_spike(run, step, loss, usual, losses, sample_ids)
             if logged:

@@ -6,14 +6,13 @@ converted by `llava_collab.models.bases`), `locks/`, and `tmp/` (work in progres
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llava_collab.files import publish
+from llava_collab import files
 
 
 class AssetError(RuntimeError):
@@ -28,10 +27,7 @@ def cache_root() -> Path:
 @contextmanager
 def locked(root: Path, key: str) -> Iterator[None]:
     """Hold the lock `key` of the cache `root`; a second process waits. The kernel frees it when its holder dies."""
-    path = root / "locks" / f"{key}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with files.locked(root / "locks" / f"{key}.lock", wait=True):
         yield
 
 
@@ -47,6 +43,6 @@ def build_folder(root: Path, final: Path, key: str) -> Iterator[Path]:
     try:
         yield work
         final.parent.mkdir(parents=True, exist_ok=True)
-        publish(work, final)
+        files.publish(work, final)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Judges a data file before a run: everything that would be skipped or would crash later, counted, with examples and cures.
+"""Judges a data file or local shards before a run: all that would be skipped or would crash later, counted, with examples and cures.
 
 Recognises the layout of LLaVA's two files (`blip_laion_cc_sbu_558k.json`, `llava_v1_5_mix665k.json`), and says which of their
 picture folders are missing.
@@ -10,14 +10,17 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from llava_collab.data.conversation import SampleError, check_image_count, check_turns
-from llava_collab.data.images import load_image, resolve_image
-from llava_collab.data.samples import Sample, iter_records, parse_record
+from llava_collab.data.images import Picture, load_image, resolve_image
+from llava_collab.data.places import names_shards
+from llava_collab.data.samples import Sample, iter_records, parse_record, read_shards
+from llava_collab.data.shards import ShardMember, open_shards
 
 EXAMPLES = 5
 LAYOUT_665K = "llava_v1_5_mix665k"
@@ -93,29 +96,26 @@ class CheckReport:
 
 
 def check_file(path: Path | str, image_root: Path | str | None = None, limit: int | None = None) -> CheckReport:
-    """Reads a LLaVA JSON or JSONL file and opens every picture once; with `limit`, of the first `limit` records only.
+    """Reads a LLaVA JSON or JSONL file, or the index of shards, and opens every picture once; with `limit`, of the first so many records.
 
-    Raises `FileNotFoundError` where there is no such file; all else is in the report.
+    Raises `FileNotFoundError` where there is no such file, `ShardError` where shards are not those of the index; all else is in the report.
     """
     path = Path(path)
-    root = Path(image_root) if image_root is not None else path.parent
+    root = Path() if names_shards(path) else Path(image_root) if image_root is not None else path.parent
     report = CheckReport(path)
     seen_ids: set[str] = set()
-    verdicts: dict[Path, SampleError | None] = {}
+    verdicts: dict[Picture, SampleError | None] = {}
     layouts: Counter[str] = Counter()
-    for number, record in tqdm(_records(path, limit, report), desc=f"checking {path.name}", unit="sample", total=limit):
+    for sample in tqdm(islice(_samples(path, root, report), limit), desc=f"checking {path.name}", unit="sample", total=limit):
         report.samples += 1
-        try:
-            sample = parse_record(record, root, f"{path.name}, record {number}")
-        except SampleError as error:
-            report.add(error.reason, str(error))
+        if sample is None:
             continue
         if sample.id in seen_ids:
             report.duplicate_ids += 1
             report.add("duplicate_id", sample.id)
         seen_ids.add(sample.id)
         report.text_only += not sample.images
-        layouts.update(_layout(image, root) for image in sample.images)
+        layouts.update(_layout(_path(image), root) for image in sample.images)
         _check_text(sample, report)
         _check_images(sample, root, verdicts, report)
     report.images = len(verdicts)
@@ -126,14 +126,31 @@ def check_file(path: Path | str, image_root: Path | str | None = None, limit: in
     return report
 
 
-def _records(path: Path, limit: int | None, report: CheckReport) -> Iterator[tuple[int, Any]]:
+def _samples(path: Path, root: Path, report: CheckReport) -> Iterator[Sample | None]:
+    """The samples; None for a record that is none (it is in the report then)."""
+    if names_shards(path):
+        shards = open_shards(path)
+        shards.verify()
+        yield from read_shards(shards)
+        return
     try:
         for number, record in enumerate(iter_records(path), start=1):
-            if limit is not None and number > limit:
-                return
-            yield number, record
+            yield _sample(record, root, f"{path.name}, record {number}", report)
     except SampleError as error:  # no JSON: there is no next record to go on with
         report.add(error.reason, str(error))
+
+
+def _sample(record: Any, root: Path, where: str, report: CheckReport) -> Sample | None:
+    try:
+        return parse_record(record, root, where)
+    except SampleError as error:
+        report.add(error.reason, str(error))
+        return None
+
+
+def _path(image: Picture) -> Path:
+    """The picture's path, as the data file had it where it is in a shard."""
+    return Path(image.file) if isinstance(image, ShardMember) else image
 
 
 def _check_text(sample: Sample, report: CheckReport) -> None:
@@ -144,20 +161,20 @@ def _check_text(sample: Sample, report: CheckReport) -> None:
             report.add(error.reason, str(error))
 
 
-def _check_images(sample: Sample, root: Path, verdicts: dict[Path, SampleError | None], report: CheckReport) -> None:
+def _check_images(sample: Sample, root: Path, verdicts: dict[Picture, SampleError | None], report: CheckReport) -> None:
     for image in sample.images:
         if image not in verdicts:
             verdicts[image] = _open(image, sample.id)
             found = resolve_image(image)
             report.aliased += found not in (None, image)
             if found is None:
-                report.missing_folders[_folder(image, root)] += 1
+                report.missing_folders[_folder(_path(image), root)] += 1
         error = verdicts[image]
         if error is not None:
             report.add(error.reason, f"sample {sample.id}: {error.message}")
 
 
-def _open(image: Path, sample_id: str) -> SampleError | None:
+def _open(image: Picture, sample_id: str) -> SampleError | None:
     try:
         load_image(image, sample_id)
     except SampleError as error:

@@ -50,13 +50,14 @@ _ESCAPE = 0xF0000  # plane 15 is for private use: the k-th special token, where 
 
 
 class SampleError(ValueError):
-    """One sample is bad; the others are not. `reason` is a short code to count by, the message names the cure."""
+    """One sample is bad; the others are not. `reason` is a short code to count by, the message names the cure; `file`: the bad picture."""
 
-    def __init__(self, sample_id: str, reason: str, message: str) -> None:
-        super().__init__(sample_id, reason, message)  # all three in args: the error survives the trip out of a loader's worker
+    def __init__(self, sample_id: str, reason: str, message: str, file: str = "") -> None:
+        super().__init__(sample_id, reason, message, file)  # all of it in args: the error survives the trip out of a loader's worker
         self.sample_id = sample_id
         self.reason = reason
         self.message = message
+        self.file = file
 
     def __str__(self) -> str:
         return f"sample {self.sample_id or '?'}: {self.message} [{self.reason}]"

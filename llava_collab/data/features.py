@@ -21,7 +21,8 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from llava_collab.data.conversation import SampleError
-from llava_collab.data.images import load_image, resolve_image
+from llava_collab.data.images import Picture, load_image, resolve_image
+from llava_collab.data.shards import ShardMember
 from llava_collab.files import write_bytes
 
 
@@ -42,20 +43,23 @@ class FeatureCache:
         if not re.fullmatch(r"[\w.+-]+", tower_key) or tower_key.startswith("."):
             raise ValueError(f"tower_key {tower_key!r} may hold letters, digits and . _ + - only (it names a folder)")
         self.folder = Path(root) / tower_key
-        self._keys: dict[tuple[str, int, int], str] = {}
+        self._keys: dict[ShardMember | tuple[str, int, int], str] = {}
 
-    def key(self, image_path: Path | str) -> str:
-        """sha256 of the file's bytes, remembered while the file keeps its size and time. Raises `SampleError` (missing_image)."""
-        path = resolve_image(image_path)
+    def key(self, picture: Picture | str) -> str:
+        """sha256 of the picture's bytes, remembered while its file keeps size and time. Raises `SampleError` (missing_image)."""
+        path = resolve_image(picture)
         if path is None:
-            raise SampleError("", "missing_image", f"no image file {image_path}")
-        stat = path.stat()
-        known = (str(path), stat.st_mtime_ns, stat.st_size)
+            raise SampleError("", "missing_image", f"no image file {picture}", str(picture))
+        if isinstance(path, ShardMember):
+            known = path
+        else:
+            stat = path.stat()
+            known = (str(path), stat.st_mtime_ns, stat.st_size)
         if known not in self._keys:
             self._keys[known] = hashlib.sha256(path.read_bytes()).hexdigest()
         return self._keys[known]
 
-    def get(self, path: Path | str) -> torch.Tensor | None:
+    def get(self, path: Picture | str) -> torch.Tensor | None:
         """Features [P,D] bf16 of the picture, or None where they aren't there or their file is damaged (`put` replaces it)."""
         file = self._file(self.key(path))
         if not file.is_file():
@@ -67,7 +71,7 @@ class FeatureCache:
             return None
         return features_PD if checksum == _crc32(features_PD) else None
 
-    def put(self, path: Path | str, tensor: torch.Tensor) -> None:
+    def put(self, path: Picture | str, tensor: torch.Tensor) -> None:
         """Keeps features [P,D] of the picture as bf16. Raises `OSError` naming the folder where they can't be written (disk full)."""
         file = self._file(self.key(path))
         features_PD = tensor.detach().to("cpu", torch.bfloat16).contiguous()
@@ -77,14 +81,14 @@ class FeatureCache:
             reason = error.strerror or str(error)
             raise OSError(error.errno, f"can't write features to {file.parent} ({reason}); free some space or move the cache") from error
 
-    def fill(self, paths: Iterable[Path | str], extract: Callable[[list[Image.Image]], torch.Tensor], batch_size: int) -> FillReport:
+    def fill(self, paths: Iterable[Picture | str], extract: Callable[[list[Image.Image]], torch.Tensor], batch_size: int) -> FillReport:
         """Computes what is missing; started again it goes on where it stopped. `extract`: N pictures -> [N,P,D].
 
         Pictures that can't be opened are skipped and reported; errors of `extract` and of the disk are raised.
         """
         report = FillReport()
         seen: set[str] = set()
-        batch: list[tuple[Path | str, Image.Image]] = []
+        batch: list[tuple[Picture | str, Image.Image]] = []
         for path in tqdm(list(paths), desc="vision features", unit="image"):
             try:
                 key = self.key(path)
@@ -104,7 +108,7 @@ class FeatureCache:
         return report
 
     def _compute(
-        self, batch: list[tuple[Path | str, Image.Image]], extract: Callable[[list[Image.Image]], torch.Tensor], report: FillReport
+        self, batch: list[tuple[Picture | str, Image.Image]], extract: Callable[[list[Image.Image]], torch.Tensor], report: FillReport
     ) -> None:
         if batch:
             features_NPD = extract([image for _, image in batch])

@@ -5,47 +5,65 @@ A broken picture is a `SampleError` with a countable reason, never a crash in th
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from pathlib import Path
+from typing import overload
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from llava_collab.data.conversation import SampleError
+from llava_collab.data.places import ShardError
+from llava_collab.data.shards import ShardMember
 
 MAX_PIXELS = 89_478_485  # Pillow's own mark of a decompression bomb (a quarter of a GiB of RGB); Pillow only warns there
 # Copies of LLaVA's OCR-VQA images differ in this: the files came as .jpg, .png and .gif, the data file says .jpg.
 ALIASES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 
+Picture = Path | ShardMember
+"""A picture's file, or its place in a shard."""
 
-def resolve_image(path: Path | str) -> Path | None:
+
+@overload
+def resolve_image(path: Path | str) -> Path | None: ...
+@overload
+def resolve_image(path: Picture | str) -> Picture | None: ...
+def resolve_image(path: Picture | str) -> Picture | None:
     """The file itself, or the same name under another image extension (`.gif` for `.jpg` ...); None if there is neither."""
+    if isinstance(path, ShardMember):
+        return path
     path = Path(path)
     if path.is_file():
         return path
     return next((alias for suffix in ALIASES if (alias := path.with_suffix(suffix)).is_file()), None)
 
 
-def load_image(path: Path | str, sample_id: str = "") -> Image.Image:
+def load_image(path: Picture | str, sample_id: str = "") -> Image.Image:
     """The picture as RGB, fully decoded; transparency on white, EXIF rotation applied, first frame of an animation.
 
-    Raises `SampleError`: missing_image, truncated_image (any file that can't be decoded whole), image_too_large.
+    Raises `SampleError`: missing_image, truncated_image (any file that can't be decoded whole), image_too_large; and `ShardError`, naming
+    the sample, where a shard is not what its index says: that is no matter of one sample.
     """
     found = resolve_image(path)
     if found is None:
-        raise SampleError(sample_id, "missing_image", f"no image file {path} (nor one with another image extension)")
+        raise SampleError(sample_id, "missing_image", f"no image file {path} (nor one with another image extension)", str(path))
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a process-wide switch of Pillow that other libraries turn on
     try:
-        with Image.open(found) as image:
+        with Image.open(io.BytesIO(found.read_bytes())) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             image.load()
             return _on_white(ImageOps.exif_transpose(image))
+    except ShardError as error:
+        raise ShardError(f"sample {sample_id or '?'}: {error}") from error
     except Image.DecompressionBombError as error:
-        raise SampleError(sample_id, "image_too_large", f"{found}: {error}; the limit is {MAX_PIXELS} pixels, scale it down") from error
+        told = f"{found}: {error}; the limit is {MAX_PIXELS} pixels, scale it down"
+        raise SampleError(sample_id, "image_too_large", told, str(path)) from error
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, zlib.error) as error:
-        raise SampleError(sample_id, "truncated_image", f"{found} can't be decoded ({error}); fetch it again") from error
+        why = "no picture of a known kind" if isinstance(error, UnidentifiedImageError) else error  # Pillow's text has a memory address
+        raise SampleError(sample_id, "truncated_image", f"{found} can't be decoded ({why}); fetch it again", str(path)) from error
 
 
 def _on_white(image: Image.Image) -> Image.Image:

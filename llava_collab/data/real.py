@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava_collab.data.samples import Sample, read_samples
@@ -88,10 +88,4 @@ def read_real(name: str, split: str, root: Path | str | None = None) -> list[Sam
 
     Raises as `real_file` and `read_samples` do.
     """
-    return [_with_family(sample, name) for sample in read_samples(real_file(name, split, root))]
-
-
-def _with_family(sample: Sample, name: str) -> Sample:
-    if sample.family:
-        return sample
-    return Sample(sample.id, sample.images, sample.turns, sample.category, name, sample.answers, sample.meta)
+    return [replace(sample, family=sample.family or name) for sample in read_samples(real_file(name, split, root))]

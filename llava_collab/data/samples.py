@@ -10,15 +10,17 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 from llava_collab.data.conversation import IMAGE_MARK, SampleError
 from llava_collab.data.images import load_image
+from llava_collab.data.places import INDEX
+from llava_collab.data.shards import ShardSet
 from llava_collab.types import Request, Role, Turn
 
-__all__ = ["Sample", "iter_records", "load_image", "parse_record", "read_samples"]
+__all__ = ["Sample", "iter_records", "load_image", "parse_record", "read_samples", "read_shards"]
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _KNOWN_KEYS = {"id", "image", "images", "conversations", "category", "family", "answers"}
@@ -28,7 +30,11 @@ _MAX_RECORD = 1 << 26  # characters: where a record is longer than this, it's a 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation with its images, in the order of their `<image>` marks. `answers` are the references (first: the gold one)."""
+    """One conversation with its images, in the order of their `<image>` marks. `answers` are the references (first: the gold one).
+
+    Of shards (`read_shards`) `images` are `ShardMember`s, which stand for paths wherever `load_image` opens them: in training and checks.
+    `source` is the data file (or the index of shards) that it comes from.
+    """
 
     id: str
     images: tuple[Path, ...]
@@ -37,6 +43,7 @@ class Sample:
     family: str = ""
     answers: tuple[str, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
 
     def request(self, max_new_tokens: int = 64) -> Request:
         """The question alone: everything but the final assistant turn."""
@@ -53,7 +60,22 @@ def read_samples(path: Path | str, image_root: Path | str | None = None) -> list
     """
     path = Path(path)
     root = Path(image_root) if image_root is not None else path.parent
-    return [parse_record(record, root, f"{path}, record {i + 1}") for i, record in enumerate(iter_records(path))]
+    source = str(path)
+    records = enumerate(iter_records(path), start=1)
+    return [replace(parse_record(record, root, f"{source}, record {number}"), source=source) for number, record in records]
+
+
+def read_shards(shards: ShardSet) -> list[Sample]:
+    """All samples of a set of shards, in the order of the data file that they were made of; pictures stay where they are.
+
+    Raises `ShardError` where lines are not those of the index, `SampleError` (bad_record) for a line that holds no LLaVA record.
+    """
+    samples, source = [], shards.place.address(INDEX)
+    for number, row in shards.rows():
+        sample = parse_record(row.get("record"), Path(), f"{shards.address(number)}, {row.get('key')}")
+        members = shards.members(number, row, [str(image) for image in sample.images])
+        samples.append(replace(sample, images=cast(tuple[Path, ...], members), source=source))
+    return samples
 
 
 def parse_record(record: Any, image_root: Path, where: str) -> Sample:

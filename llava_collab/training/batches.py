@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -20,8 +22,9 @@ from llava_collab.data.conversation import IGNORE_INDEX, IMAGE_MARK
 from llava_collab.data.dataset import ConversationDataset
 from llava_collab.data.packing import Plan, one_a_row, packed
 from llava_collab.data.sampler import GroupedBatchSampler
-from llava_collab.data.samples import Sample, read_samples
+from llava_collab.data.skips import Skip, SkipList
 from llava_collab.models.build import feature_cache
+from llava_collab.training.data_files import read_all, window
 from llava_collab.training.packing import decide
 from llava_collab.training.recipe import DataRecipe, Recipe, RecipeError
 from llava_collab.types import Turn
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from llava_collab.training.opening import Student
 
 IMAGES = ("pixel_values", "image_features")
+SKIPPED = "skipped.jsonl"
 LOADER_TIMEOUT = 1800  # seconds: a worker that gives nothing for so long is stuck
 
 
@@ -88,23 +92,37 @@ class Share:
             yield indices[self.rank :: self.ranks]
 
 
+@dataclass(frozen=True)
+class WithSkips:
+    """What `collate` makes of a share, and the bad samples that its items stand for."""
+
+    collate: MicroBatches
+
+    def __call__(self, samples: list[dict[str, Any]]) -> tuple[list[Skip], list[Batch]]:
+        return [skip for sample in samples for skip in sample["skipped"]], self.collate(samples)
+
+
 class Batches:
     """The endless steps of a run, resumable to the step."""
 
-    def __init__(self, dataset: ConversationDataset, collate: MicroBatches, recipe: Recipe, rank: int, ranks: int) -> None:
+    def __init__(self, dataset: ConversationDataset, collate: MicroBatches, recipe: Recipe, accelerator: Accelerator) -> None:
+        """Raises RecipeError, on all ranks, where they do not all have the same samples."""
         self._dataset = dataset
+        self._accelerator = accelerator
         self._sampler = _sampler(dataset, recipe)
+        _same_everywhere(self._sampler.fingerprint, accelerator)
         workers = recipe.run.num_workers
         self._loader = DataLoader(
             dataset,
-            batch_sampler=Share(self._sampler, rank, ranks),  # pyright: ignore[reportArgumentType]
-            collate_fn=collate,
+            batch_sampler=Share(self._sampler, accelerator.process_index, accelerator.num_processes),  # pyright: ignore[reportArgumentType]
+            collate_fn=WithSkips(collate),
             num_workers=workers,
             timeout=LOADER_TIMEOUT if workers else 0,
             generator=torch.Generator().manual_seed(recipe.run.seed),  # else each start draws from the generator that dropout uses
         )
         self.idle = collate.idle_batch()
-        self._steps: Iterator[list[Batch]] | None = None
+        self._steps: Iterator[tuple[list[Skip], list[Batch]]] | None = None
+        self._found: list[Skip] = []
         self._taken = 0
 
     @property
@@ -118,9 +136,9 @@ class Batches:
         return len(self._sampler)
 
     @property
-    def skipped(self) -> int:
-        """Samples found bad so far, on this rank."""
-        return sum(len(ids) for ids in self._dataset.skipped.values())
+    def skips(self) -> SkipList:
+        """The samples found bad so far, on all ranks."""
+        return self._dataset.skips
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next optimiser step (an empty list where a last, small step leaves it nothing)."""
@@ -128,7 +146,8 @@ class Batches:
             self._steps = iter(self._loader)
         self._taken += 1
         try:
-            return next(self._steps)
+            self._found, micro_batches = next(self._steps)
+            return micro_batches
         except RuntimeError as error:
             if "DataLoader" not in str(error):
                 raise
@@ -137,13 +156,26 @@ class Batches:
                 "run.num_workers; the same command goes on from the last checkpoint."
             ) from error
 
+    def agree_on_skips(self) -> None:
+        """Add the step's bad samples of all ranks to the list. Raises TooManyBadSamples, on all ranks, where they are more than allowed."""
+        self.skips.add(self._of_all_ranks(self._found), self._taken)
+
+    def _of_all_ranks(self, found: list[Skip]) -> list[Skip]:
+        if self._accelerator.num_processes == 1:
+            return found
+        new = [skip for skip in found if self.skips.get(skip.index) is None]
+        anywhere = torch.tensor(len(new), device=self._accelerator.device)
+        torch.distributed.all_reduce(anywhere)
+        return gather_object(new) if anywhere else []
+
     def state_dict(self) -> dict[str, Any]:
         """Where training stands in the data (not how far workers have read)."""
-        return self._sampler.state_dict(taken=self._taken)
+        return self._sampler.state_dict(taken=self._taken) | {"skipped": self.skips.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind the steps taken; called before the first `next_step`. Raises ValueError where the data are others."""
         self._sampler.load_state_dict(state)
+        self.skips.load(state.get("skipped", []))
         self._taken = self._sampler.step
 
 
@@ -153,6 +185,8 @@ def open_batches(recipe: Recipe, student: Student, accelerator: Accelerator, loc
     lockstep: every rank has to run every module equally often.
     """
     samples = read_all(recipe.data)
+    quiet = not accelerator.is_main_process
+    skips = SkipList(len(samples), recipe.data.max_bad_fraction, None if quiet else Path(recipe.run.out) / SKIPPED, quiet)
     cache = None
     if recipe.data.feature_cache and not recipe.data.blind:
         images = dict.fromkeys(path for sample in samples for path in sample.images) if accelerator.is_main_process else ()
@@ -164,7 +198,7 @@ def open_batches(recipe: Recipe, student: Student, accelerator: Accelerator, loc
         max_length=recipe.data.max_length,
         blind=recipe.data.blind,
         feature_cache=cache,
-        max_bad_fraction=recipe.data.max_bad_fraction,
+        skips=skips,
     )
     tokenizer = student.processor.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -172,11 +206,12 @@ def open_batches(recipe: Recipe, student: Student, accelerator: Accelerator, loc
     longest_row = decide(recipe, _sampler(dataset, recipe), accelerator.num_processes, text_config, accelerator.print)
     idle = idle_sample(student, recipe.data) if lockstep else None
     collate = MicroBatches(Collator(pad), recipe.run.micro_batch_size, longest_row, idle)
-    return Batches(dataset, collate, recipe, accelerator.process_index, accelerator.num_processes)
+    return Batches(dataset, collate, recipe, accelerator)
 
 
 def _sampler(dataset: ConversationDataset, recipe: Recipe) -> GroupedBatchSampler:
-    return GroupedBatchSampler(dataset.lengths, dataset.has_image, recipe.run.batch_size, recipe.run.seed)
+    run = recipe.run
+    return GroupedBatchSampler(dataset.lengths, dataset.has_image, run.batch_size, run.seed, window(recipe.data, dataset.samples))
 
 
 def idle_sample(student: Student, data: DataRecipe) -> dict[str, Any]:
@@ -194,17 +229,11 @@ def idle_sample(student: Student, data: DataRecipe) -> dict[str, Any]:
     return sample | {"pixel_values": student.processor.pixel_values([Image.new("RGB", (32, 32))])}
 
 
-def read_all(data: DataRecipe) -> list[Sample]:
-    """All samples of all files, each file `repeat` times. Raises RecipeError for a file, a category or a family that is not there."""
-    samples: list[Sample] = []
-    for number, file in enumerate(data.files):
-        try:
-            found = read_samples(file.path, file.image_root)
-        except FileNotFoundError as error:
-            raise RecipeError(f"data.files[{number}]: no file {file.path}; paths are relative to the current directory.") from error
-        for kind, wanted in (("category", file.categories), ("family", file.families)):
-            if unknown := set(wanted) - {getattr(sample, kind) for sample in found}:
-                raise RecipeError(f"data.files[{number}]: {file.path} has no sample of {kind} {sorted(unknown)}.")
-            found = [sample for sample in found if not wanted or getattr(sample, kind) in wanted]
-        samples += found * file.repeat
-    return samples
+def _same_everywhere(fingerprint: str, accelerator: Accelerator) -> None:
+    """Ranks that see other samples would train on other steps without a word."""
+    prints = gather_object([fingerprint]) if accelerator.num_processes > 1 else [fingerprint]
+    if others := [rank for rank, print_ in enumerate(prints) if print_ != prints[0]]:
+        raise RecipeError(
+            f"ranks {others} have other samples than rank 0 ({prints[others[0]]}, {prints[0]}): data files or pictures differ between "
+            "nodes; llava-collab data check shows what is missing where."
+        )

@@ -26,9 +26,10 @@ class DataFile:
     """One file of conversations."""
 
     path: str
-    """LLaVA JSON or JSONL file (relative to the current directory)."""
+    """LLaVA JSON or JSONL file (relative to the current directory); or the index.json of shards, local or by URL (s3://, gs://, https://
+    ...), or `pipe:COMMAND {shard}`, a command that prints the shards' file of that name."""
     image_root: str | None = None
-    """Folder that the image paths in the file start from (default: the file's own folder)."""
+    """Folder that the image paths in the file start from (default: the file's own folder); shards hold their pictures."""
     categories: tuple[str, ...] = ()
     """Only the samples of these categories (default: all)."""
     families: tuple[str, ...] = ()
@@ -57,8 +58,16 @@ class DataRecipe:
     10 % of all positions are padding after grouping by length."""
     max_bad_fraction: float = 0.01
     """Stop when more than this fraction of the samples can't be used."""
+    shard_window: int | None = None
+    """Draw from about so many shards at a time (default: 16 where a file's shards are remote; else one shuffle over everything)."""
+    shard_cache: str | None = None
+    """Folder for copies of remote shards, on a disk of this machine; ranks and runs share it (default: shards/ in the cache folder)."""
+    shard_cache_gib: float = 64.0
+    """Size that these copies may take together; the least recently used go first."""
 
     def __post_init__(self) -> None:
+        _require(self.shard_window is None or self.shard_window >= 1, f"data.shard_window must be at least 1, not {self.shard_window}.")
+        _require(self.shard_cache_gib > 0, f"data.shard_cache_gib must be positive, not {self.shard_cache_gib}.")
         _require(bool(self.files), "data.files is empty: name at least one file of conversations.")
         _require(self.max_length > 0, f"data.max_length must be positive, not {self.max_length}.")
         _require(0 <= self.max_bad_fraction < 1, f"data.max_bad_fraction must be in [0, 1), not {self.max_bad_fraction}.")

@@ -24,6 +24,7 @@ NEUTRAL_KEYS = frozenset(
         "run.out", "run.save_every", "run.save_first", "run.keep_last", "run.log_every", "run.threads", "run.num_workers",
         "run.deadline_minutes", "run.micro_batch_size", "run.gradient_checkpointing", "run.engine", "run.engine_config",
         "run.compile", "run.checkpoint", "run.stall_minutes", "run.timeout_minutes", "run.peak_tflops", "data.packing",
+        "data.shard_cache", "data.shard_cache_gib", "data.max_bad_fraction",
     }
 )  # fmt: skip
 """Keys that may change between two starts of one run: they do not change what a step computes (but for rounding)."""
