@@ -36,11 +36,13 @@ def index(data: Path) -> Path:
 
 def open_at(path: str, out: Path, rank: int = 0, ranks: int = 1, **data: Any) -> Batches:
     """A run's batches as one rank of several sees them (no process group: only for data without bad samples)."""
-    _, processor = build(ModelSpec(template="chatml"))
+    model, processor = build(ModelSpec(template="chatml"))
     run = RunRecipe(out=str(out), steps=9, batch_size=8, micro_batch_size=4, num_workers=data.pop("num_workers", 0))
     recipe = Recipe(ModelSpec(), DataRecipe((DataFile(path),), max_length=256, **data), TuneRecipe(), OptimRecipe(), run)
-    accelerator: Any = SimpleNamespace(process_index=rank, num_processes=1, is_main_process=rank == 0, wait_for_everyone=lambda: None)
-    student: Any = SimpleNamespace(processor=processor)
+    accelerator: Any = SimpleNamespace(
+        process_index=rank, num_processes=1, is_main_process=rank == 0, wait_for_everyone=lambda: None, print=print
+    )
+    student: Any = SimpleNamespace(model=model, processor=processor)
     batches = open_batches(recipe, student, accelerator)
     accelerator.num_processes = ranks
     return batches
