@@ -16,6 +16,8 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from transformers.utils.logging import disable_progress_bar
 
 from llava_collab.files import locked, publish, read_json, write_json
@@ -38,6 +40,7 @@ def start(recipe: Recipe) -> Accelerator:
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     disable_progress_bar()  # transformers shows one for every shard it writes; the run has its own
+    _meet_again(timedelta(minutes=recipe.run.timeout_minutes))
     patience = InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.run.timeout_minutes))
     precision = "bf16" if recipe.run.precision == "bf16" else "no"
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
@@ -49,6 +52,24 @@ def start(recipe: Recipe) -> Accelerator:
         raise RuntimeError(f"run.engine chooses what shards the model, not the launcher ({engine}): start with torchrun or plain python.")
     set_seed(recipe.run.seed)
     return accelerator
+
+
+def _meet_again(timeout: timedelta) -> None:
+    """After a restart by torchrun on one node: set the process group up with keys of its own.
+
+    torchrun's restarts share one store, in which gloo finds the addresses of processes that are dead. Agents of several nodes may count
+    restarts differently, so there the launcher has to switch the sharing off (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as ours do).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if attempt == "0" or not one_node or torch.distributed.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, ranks = next(rendezvous("env://", timeout=timeout))
+    own = PrefixStore(f"attempt-{attempt}", store)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=ranks, timeout=timeout)
 
 
 @contextmanager
