@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from llava_collab.data.collate import Collator
 from llava_collab.data.dataset import ConversationDataset
+from llava_collab.data.places import ShardError
 from llava_collab.data.sampler import GroupedBatchSampler
 from llava_collab.data.skips import Skip, SkipList
 from llava_collab.models.build import feature_cache
@@ -108,11 +109,14 @@ class Batches:
     def next_step(self) -> list[dict[str, Any]]:
         """This rank's micro-batches of the next optimiser step (an empty list where a last, small step leaves it nothing).
 
-        Raises TooManyBadSamples, on all ranks, where the step's bad samples are more than the limit leaves.
+        Raises TooManyBadSamples, on all ranks, where the step's bad samples are more than the limit leaves; ShardError.
         """
         if self._steps is None:
             self._steps = iter(self._loader)
-        found, micro_batches = next(self._steps)
+        try:
+            found, micro_batches = next(self._steps)
+        except ShardError as error:  # from a worker it comes wrapped in the worker's traceback
+            raise ShardError(str(error).rsplit("ShardError: ", 1)[-1].strip()) from error
         self._taken += 1
         self.skips.add(self._of_all_ranks(found), self._taken)
         return micro_batches
