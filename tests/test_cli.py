@@ -4,15 +4,18 @@ import subprocess
 import sys
 
 import pytest
+from synthetic import write_shapes
 
 from llava_collab.cli import main
 from llava_collab.doctor import CORE, OPTIONAL, report, root_cause
+from llava_collab.files import read_json
 
 VERBS = [
     "doctor",
     "assets",
     "data",
     "data check",
+    "data shard",
     "data build",
     "data build cmt-open",
     "data build cmt-public",
@@ -71,3 +74,24 @@ def test_a_missing_model_folder_is_one_line(capsys: pytest.CaptureFixture, tmp_p
     with pytest.raises(SystemExit) as stop:
         main(["ask", str(tmp_path / "m"), "hello"])
     assert stop.value.code == 2 and "config.json" in capsys.readouterr().err
+
+
+def test_data_are_sharded_and_checked(capsys: pytest.CaptureFixture, tmp_path) -> None:
+    data = write_shapes(tmp_path / "data", 40)
+    (data.parent / "5.png").unlink()
+    command = ["data", "shard", str(data), "--images", str(data.parent), "--out", str(tmp_path / "shards"), "--per-shard", "16"]
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--workers", "1", "--max-bad-fraction", "0"])
+    assert stop.value.code == 2 and "1 of 40 samples are bad" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--workers", "1"])
+    said = capsys.readouterr()
+    assert stop.value.code == 0 and "39 samples with 34 pictures in 3 shards" in said.out and "left out 1 bad samples" in said.err
+    assert read_json(tmp_path / "shards" / "index.json")["left_out"] == {"missing_image": 1}
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "check", str(tmp_path / "shards" / "index.json")])
+    assert stop.value.code == 0 and "39 samples" in capsys.readouterr().out
+    (tmp_path / "shards" / "shard-000001.tar").unlink()
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "check", str(tmp_path / "shards" / "index.json")])
+    assert stop.value.code == 2 and "shard-000001.tar is missing" in capsys.readouterr().err

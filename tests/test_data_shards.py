@@ -237,11 +237,14 @@ def test_what_does_not_fit_is_told_with_shard_sample_and_cure(data: Path, shards
     lines.write_bytes(lines.read_bytes().replace(b"shape-24", b"shape-25"))
     with pytest.raises(ShardError, match="shard-000002.jsonl does not fit"):
         read_shards(open_shards(shards))
+    text_of = shards.read_text()
     for text, told in (
         ("[]", "is no index"),
         ("{", "is no index"),
         ('{"format": "x"}', "of the format 'x'"),
         ('{"a": 1}', "no index of shards .KeyError"),
+        (text_of.replace('"shard-000001"', '"../shard-000001"'), "'../shard-000001.tar' with sha256 .* is no file of a set"),
+        (re.sub('"sha256": "..', '"sha256": "/x', text_of), "is no file of a set"),
     ):
         shards.write_text(text)
         with pytest.raises(ShardError, match=f"index.json .*{told}"):

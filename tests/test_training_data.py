@@ -14,6 +14,7 @@ import torch
 from running import ROOT, arguments, log_rows, losses, run_apart, run_here
 from synthetic import write_shapes
 
+from llava_collab.data.places import ShardError
 from llava_collab.data.shard_writer import write_shards
 from llava_collab.models.build import ModelSpec, build
 from llava_collab.training.batches import Batches, open_batches
@@ -81,6 +82,8 @@ def test_shards_in_a_recipe_are_checked(data: Path, index: Path, tmp_path: Path,
         read_all(DataRecipe((DataFile(str(index), image_root="x"),)))
     with pytest.raises(RecipeError, match="data.shard_window is 4, but no file of data.files names shards"):
         read_all(DataRecipe((plain,), shard_window=4))
+    with pytest.raises(RecipeError, match="is a folder; name the JSON or JSONL file, or the index.json"):
+        read_all(DataRecipe((DataFile(str(index.parent)),)))
     small = DataRecipe((remote,), shard_cache_gib=1e-4)
     with pytest.raises(RecipeError, match="data.shard_cache_gib: 0.0001 GiB can't hold twice the 16 shards"):
         window(small, read_all(small))
@@ -89,6 +92,16 @@ def test_shards_in_a_recipe_are_checked(data: Path, index: Path, tmp_path: Path,
     found = window(mixed, read_all(mixed))
     assert found is not None and found.size == 16 and set(found.shards) == {-1, *range(12)}
     assert (tmp_path / "cache" / "shards").is_dir()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_changes_while_a_run_reads_it_is_told(data: Path, tmp_path: Path, workers: int) -> None:
+    index = write_shards(data, tmp_path / "shards", per_shard=10)
+    batches = open_at(str(index), tmp_path, num_workers=workers)
+    tar = tmp_path / "shards" / "shard-000003.tar"
+    tar.write_bytes(bytes(tar.stat().st_size))
+    with pytest.raises(ShardError, match=r"^sample shape-3\d: .*/shard-000003.tar: 3\d.png: the shard was changed .*data shard.*anew\.$"):
+        steps(batches, 9)
 
 
 @pytest.mark.slow

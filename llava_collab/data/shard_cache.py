@@ -9,6 +9,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -31,6 +33,11 @@ class StoredFile:
     name: str
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what can't be a name of a file in the set, or of a copy (an index may come from anywhere)."""
+        if not re.fullmatch(r"\w[\w.-]*", self.name) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"{self.name!r} with sha256 {self.sha256!r} is no file of a set of shards")
 
 
 class ShardCache:
@@ -83,12 +90,12 @@ class ShardCache:
             deadline = time.monotonic() + PATIENCE
             while True:
                 with locked(self.folder / "locks" / "room", wait=True):
-                    if self._drop(size):
+                    if size <= self.limit and self._drop(size):
                         target = held.enter_context(temporary.open("xb"))
                         fcntl.flock(target, fcntl.LOCK_EX)
                         target.truncate(size)
                         break
-                if time.monotonic() > deadline or size > self.limit:
+                if size > self.limit or time.monotonic() > deadline:
                     raise ShardError(f"no room for its {size} bytes in {self.folder}; raise data.shard_cache_gib.")
                 time.sleep(0.1)
             try:
@@ -99,21 +106,21 @@ class ShardCache:
     def _drop(self, size: int) -> bool:
         """Whether `size` bytes more fit, after dropping what was not used for longest; the lock `room` is held."""
         found = list(_files(self.folder))
-        total = size + sum(stat.st_size for _, stat in found)
-        for path, stat in sorted(found, key=lambda entry: (entry[0].suffix != ".tmp", entry[1].st_mtime_ns)):
+        total = size + sum(status.st_size for _, status in found)
+        for path, status in sorted(found, key=lambda entry: (entry[0].suffix != ".tmp", entry[1].st_mtime_ns)):
             if (total > self.limit or path.suffix == ".tmp") and _removed(path):  # a .tmp that nobody holds: its writer was killed
-                total -= stat.st_size
+                total -= status.st_size
         return total <= self.limit
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
     for path in folder.iterdir():
         try:
-            stat = path.stat()
+            status = path.stat()
         except FileNotFoundError:  # a copy that has just got its name, or given up
             continue
-        if path.is_file():
-            yield path, stat
+        if stat.S_ISREG(status.st_mode):
+            yield path, status
 
 
 def _in_use(copy: Path, size: int) -> BinaryIO | None:
@@ -123,8 +130,8 @@ def _in_use(copy: Path, size: int) -> BinaryIO | None:
     except FileNotFoundError:
         return None
     fcntl.flock(stream, fcntl.LOCK_SH)
-    stat = os.fstat(stream.fileno())
-    if stat.st_nlink and stat.st_size == size:
+    status = os.fstat(stream.fileno())
+    if status.st_nlink and status.st_size == size:
         os.utime(stream.fileno())
         return stream
     stream.close()

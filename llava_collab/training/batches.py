@@ -21,6 +21,7 @@ from llava_collab.data.collate import Batch, Collator
 from llava_collab.data.conversation import IGNORE_INDEX, IMAGE_MARK
 from llava_collab.data.dataset import ConversationDataset
 from llava_collab.data.packing import Plan, one_a_row, packed
+from llava_collab.data.places import ShardError
 from llava_collab.data.sampler import GroupedBatchSampler
 from llava_collab.data.skips import Skip, SkipList
 from llava_collab.models.build import feature_cache
@@ -141,13 +142,18 @@ class Batches:
         return self._dataset.skips
 
     def next_step(self) -> list[Batch]:
-        """This rank's micro-batches of the next optimiser step (an empty list where a last, small step leaves it nothing)."""
+        """This rank's micro-batches of the next optimiser step (an empty list where a last, small step leaves it nothing).
+
+        Raises ShardError; LoaderError where a worker died.
+        """
         if self._steps is None:
             self._steps = iter(self._loader)
         self._taken += 1
         try:
             self._found, micro_batches = next(self._steps)
             return micro_batches
+        except ShardError as error:  # from a worker it comes wrapped in the worker's traceback
+            raise ShardError(str(error).rsplit("ShardError: ", 1)[-1].strip()) from error
         except RuntimeError as error:
             if "DataLoader" not in str(error):
                 raise

@@ -44,6 +44,8 @@ def _read(file: DataFile, where: str, cache: ShardCache) -> list[Sample]:
         return read_samples(file.path, file.image_root)
     except FileNotFoundError as error:
         raise RecipeError(f"{where}: no file {file.path}; paths are relative to the current directory.") from error
+    except IsADirectoryError as error:
+        raise RecipeError(f"{where}: {file.path} is a folder; name the JSON or JSONL file, or the index.json of shards in it.") from error
 
 
 def window(data: DataRecipe, samples: Sequence[Sample]) -> Window | None:
