@@ -29,11 +29,12 @@ from llava_collab.training.components import IMAGE_ONLY, clip, gradient_norms, l
 from llava_collab.training.guards import Coverage, CoverageError, NonFiniteError, check_finite
 from llava_collab.training.log import ExpertHealth, RunLog
 from llava_collab.training.opening import Student, exclusive, finish, open_run, open_student, start
+from llava_collab.training.preflight import PreflightError, meeting, preflight
 from llava_collab.training.recipe import Recipe, RecipeError
 from llava_collab.training.recipe_file import parse_command
 from llava_collab.training.state import load_optimizer, load_random, save_optimizer, save_random
 from llava_collab.training.step import Counts, EmptyStepError, accumulate, count, reduce_gradients, same_start, total_loss
-from llava_collab.training.stop import Stopper
+from llava_collab.training.stop import Stopper, run_launched
 
 
 @dataclass
@@ -51,7 +52,9 @@ class Run:
 
 def train(recipe: Recipe) -> int:
     """The whole run; returns the exit code."""
-    accelerator = start(recipe)
+    with meeting("all ranks to join"):
+        accelerator = start(recipe)
+    preflight(recipe, accelerator)
     if not open_run(recipe, accelerator):
         return 0
     checkpoints = Checkpoints(Path(recipe.run.out), recipe.run.keep_last, accelerator)
@@ -129,6 +132,7 @@ def learn(run: Run, done: int) -> int:
                 return stopper.exit_code
     finally:
         log.close()
+        run.batches.close()
         stopper.release()
     for line in coverage.unchecked():
         accelerator.print(line)
@@ -188,7 +192,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with exclusive(Path(recipe.run.out)):
             return train(recipe)
-    except (RecipeError, SampleError, TooManyBadSamples, CheckpointError, EmptyStepError, NonFiniteError, CoverageError) as error:
+    except (
+        RecipeError,
+        PreflightError,
+        SampleError,
+        TooManyBadSamples,
+        CheckpointError,
+        EmptyStepError,
+        NonFiniteError,
+        CoverageError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError as error:
         print(f"error: out of memory: {error}\nLower run.micro_batch_size (the result stays the same), set ", end="", file=sys.stderr)
@@ -197,4 +210,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_launched(main))

@@ -20,6 +20,7 @@ from llava_collab.data.sampler import GroupedBatchSampler
 from llava_collab.data.samples import Sample, read_samples
 from llava_collab.models.build import feature_cache
 from llava_collab.training.recipe import DataRecipe, Recipe, RecipeError
+from llava_collab.training.stop import outlive_signals
 
 if TYPE_CHECKING:
     from llava_collab.training.opening import Student
@@ -66,6 +67,7 @@ class Batches:
             collate_fn=collate,
             num_workers=workers,
             timeout=LOADER_TIMEOUT if workers else 0,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(recipe.run.seed),  # else each start draws from the generator that dropout uses
         )
         self._steps: Iterator[list[dict[str, Any]]] | None = None
@@ -92,6 +94,10 @@ class Batches:
             self._steps = iter(self._loader)
         self._taken += 1
         return next(self._steps)
+
+    def close(self) -> None:
+        """End the loader's processes now; a rank that dies of an error would else wait 5 s for each."""
+        self._steps = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands in the data (not how far workers have read)."""
