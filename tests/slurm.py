@@ -1,4 +1,4 @@
-"""A real SLURM with two nodes on this machine, for as long as a test needs it: its daemons, keys and files live in a folder of their own."""
+"""A real SLURM with two nodes on this machine, for as long as a test needs it; its keys, files and sockets lie in a folder of its own."""
 
 from __future__ import annotations
 

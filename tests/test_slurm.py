@@ -1,4 +1,4 @@
-"""The real sbatch script on a real SLURM with two nodes on this machine, with the real program on `tiny`: to the end, out of time, bereaved."""
+"""The real sbatch script on a real SLURM of two nodes, training `tiny`: to the end, out of time, and with a node's torchrun killed."""
 
 from __future__ import annotations
 

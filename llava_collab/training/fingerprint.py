@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch.cuda import nccl
 
 import llava_collab
 from llava_collab.training.recipe import Recipe
@@ -21,15 +22,15 @@ BLOCK, BLOCKS = 2**20, 64
 
 
 def versions() -> dict[str, str]:
-    """Of what decides how a step is computed, as far as it is installed."""
+    """Of what decides how a step is computed."""
     found = {"python": platform.python_version(), "llava-collab": llava_collab.__version__}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            continue
+            found[name] = "not installed"
     if torch.cuda.is_available():
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["nccl"] = ".".join(map(str, nccl.version()))
     return found
 
 

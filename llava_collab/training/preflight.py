@@ -1,12 +1,13 @@
 """What all ranks check together before the first step: do they hear each other, and do they run the same thing on the same data?
 
 A run on many nodes fails in a few ways again and again: a node with another commit or version, an edited recipe, half-copied data, a run
-folder that is not shared, a full disk, the wrong network. Each is one error here, the same on every rank, that names ranks, values and cure.
+folder that is not shared, a full disk, the wrong network. Each is one error here, the same on every rank: ranks, values and cure.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import sys
@@ -14,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from llava_collab.files import write_text
 from llava_collab.models.build import ModelSpec
 from llava_collab.training.estimate import count, student
 from llava_collab.training.fingerprint import commit, data_hash, recipe_hash, source_hash, versions
+from llava_collab.training.opening import start
 from llava_collab.training.recipe import Recipe
-from llava_collab.training.recipe_file import flat, to_dict
+from llava_collab.training.recipe_file import flat, parse_command, to_dict
+from llava_collab.training.tables import earlier_stages
 
 ELEMENTS = 4 * 2**20
 """Length of the vector of float32 that is summed over all ranks: 16 MiB."""
@@ -79,9 +82,26 @@ def preflight(recipe: Recipe, accelerator: Accelerator, earlier: Mapping[str, Mo
     if problems:
         raise PreflightError("the ranks can't train together:\n  " + "\n  ".join(dict.fromkeys(problems)))
     hosts = sorted({finding.host for finding in found})
-    say(f"preflight: {len(found)} rank{'s' * (len(found) > 1)} on {', '.join(hosts)}: " + ", ".join(_brief(found[0].facts)))
+    say(f"preflight: {len(found)} rank{'s' * (len(found) > 1)} on {', '.join(hosts)}: {_brief(found[0].facts)}")
     for note in dict.fromkeys(note for finding in found for note in finding.notes):
         say(f"preflight: {note}")
+
+
+def check(command: list[str], description: str) -> int:
+    """`preflight` alone, for a command line of train.py (recipe, then keys); returns the exit code."""
+    recipe = parse_command(command, description)
+    with meeting("all ranks to join"):
+        accelerator = start(recipe)
+    try:
+        preflight(recipe, accelerator, earlier_stages(Path(command[0]).parent))
+    except PreflightError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        with suppress(OSError):  # not empty: the folder of a run
+            Path(recipe.run.out).rmdir()
+        accelerator.end_training()
+    return 0
 
 
 def look(recipe: Recipe, token: Path, accelerator: Accelerator, earlier: Mapping[str, ModelSpec] | None) -> Finding:
@@ -97,12 +117,7 @@ def look(recipe: Recipe, token: Path, accelerator: Accelerator, earlier: Mapping
         (problem, note) = room(recipe, earlier)
         problems += [problem] if problem else []
         notes += [note]
-    ranks, cpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), len(os.sched_getaffinity(0))
-    if (wanted := ranks * (1 + recipe.run.num_workers)) > cpus and recipe.run.num_workers:
-        notes.append(
-            f"{socket.gethostname()}: {ranks} ranks with {recipe.run.num_workers} loader processes each want {wanted} CPUs and have {cpus}; "
-            "lower run.num_workers, or ask for more (SLURM: --cpus-per-task)"
-        )
+    notes += crowded(recipe.run.num_workers)
     return Finding(socket.gethostname(), facts, tuple(problems), tuple(notes))
 
 
@@ -179,16 +194,25 @@ def room(recipe: Recipe, earlier: Mapping[str, ModelSpec] | None = None) -> tupl
     return f"not enough disk: {line}. Make room, lower run.keep_last, or give another run.out.", line
 
 
+def crowded(workers: int) -> list[str]:
+    """A note where this node has fewer CPUs than its ranks and their loader processes (none: the ranks load by themselves)."""
+    ranks, cpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), len(os.sched_getaffinity(0))
+    if not workers or (wanted := ranks * (1 + workers)) <= cpus:
+        return []
+    cure = "lower run.num_workers, or ask for more CPUs (SLURM: --cpus-per-task)"
+    return [f"{socket.gethostname()}: {ranks} ranks, each with {workers} loader processes, on {cpus} CPUs instead of {wanted}; {cure}"]
+
+
 @contextmanager
 def meeting(what: str, accelerator: Accelerator | None = None) -> Iterator[None]:
     """Around what needs all ranks: where it takes long, or ends in an error, say what to look at."""
     rank = os.environ.get("RANK", "0") if accelerator is None else accelerator.process_index
     place = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT', '?')}"
+    networks = ", ".join(name for _, name in socket.if_nameindex())
     hint = (
-        f"rank {rank} on {socket.gethostname()} waits for {what} (all ranks meet at {place}). Do all nodes run, and can they reach each other "
-        "on every port? A node with several networks has to be told which one: GLOO_SOCKET_IFNAME (CPU) and NCCL_SOCKET_IFNAME (GPU), on all "
-        f"nodes; this one has {', '.join(name for _, name in socket.if_nameindex())}. NCCL_DEBUG=INFO shows what NCCL tries, and "
-        "NCCL_IB_DISABLE=1 does without InfiniBand."
+        f"rank {rank} on {socket.gethostname()} waits for {what}; they meet at {place}. Do all nodes run, and can they reach each other on "
+        "every port? Where nodes have several networks, name one that joins them, on all nodes, in GLOO_SOCKET_IFNAME (CPU) and "
+        f"NCCL_SOCKET_IFNAME (GPU); here are {networks}. NCCL_DEBUG=INFO shows what NCCL tries; NCCL_IB_DISABLE=1 does without InfiniBand."
     )
     timer = threading.Timer(PATIENCE, print, (f"after {PATIENCE:.0f} s: {hint}",), {"file": sys.stderr, "flush": True})
     timer.daemon = True
@@ -197,7 +221,8 @@ def meeting(what: str, accelerator: Accelerator | None = None) -> Iterator[None]
     try:
         yield
     except RuntimeError as error:
-        error.add_note(hint)
+        if re.search("gloo|nccl|connect|interface|time", str(error), re.IGNORECASE):
+            error.add_note(hint)
         raise
     finally:
         timer.cancel()
@@ -229,15 +254,13 @@ def _keys(recipe: Recipe) -> Finding:
     return Finding(socket.gethostname(), {f"recipe: {key}": repr(value) for key, value in flat(to_dict(recipe)).items()})
 
 
-def _brief(facts: Mapping[str, str]) -> list[str]:
-    shown = ("version: python", "version: torch", "version: transformers", "version: accelerate")
-    kept = [f"{name.split(': ')[1]} {facts[name]}" for name in shown if name in facts]
-    rest = [
-        f"{name.replace(': hash', '').replace(': files', '')} {value}"
-        for name, value in facts.items()
-        if name.startswith(("code", "recipe", "data"))
-    ]
-    return kept + rest
+def _brief(facts: Mapping[str, str]) -> str:
+    """The facts that a reader of the log looks for."""
+    shown = {name.partition(": ")[2]: value for name, value in facts.items() if name.startswith("version")}
+    data = [f"{name.partition(': ')[2]} ({value})" for name, value in facts.items() if name.startswith("data")]
+    versions = [f"{name} {shown[name]}" for name in ("python", "torch", "transformers", "accelerate")]
+    code = f"code {facts['code: files']}" + (f" of commit {facts['code: commit']}" if "code: commit" in facts else "")
+    return ", ".join([*versions, code, f"recipe {facts['recipe: hash']}", *data])
 
 
 def _gib(count: int) -> str:

@@ -1,6 +1,6 @@
 """Stopping well: a signal, a launcher's request or a deadline is noticed between two steps, so that the run can save and leave.
 
-A launcher (scripts/launch/on_node.sh) and the ranks that it started on its node talk through a folder, whose path is in LLAVA_COLLAB_LAUNCH:
+A launcher (scripts/launch/on_node.sh) and the ranks that it started on its node talk through a folder, named in LLAVA_COLLAB_LAUNCH:
 
     stop               the launcher's: save and leave. A file, since the way of a signal is not to be trusted: torchrun kills ranks 30 s
                        after it forwards one, and SLURM sends SIGTERM to every process of a job, loader workers and torchrun included.
