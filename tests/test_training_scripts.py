@@ -40,7 +40,7 @@ SSH = """#!/usr/bin/env bash
 # Stands in for ssh: options, the host, then a command that reads its input
 while [[ "$1" == -* ]]; do shift 2; done
 shift
-exec env -i PATH=/usr/bin:/bin STAGE="$STAGE" "$@"
+exec env --default-signal=HUP,INT,TERM -i PATH=/usr/bin:/bin STAGE="$STAGE" TMPDIR="$TMPDIR" "$@"
 """
 
 
@@ -54,7 +54,10 @@ def stage(tmp_path: Path) -> Iterator[dict[str, str]]:
         (folder / name).chmod(0o755)
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
     yield {"PATH": path, "STAGE": str(folder), "PYTHON": str(folder / "python"), "GPUS": "1", "CARRY": "ROLE LEAD", "TMPDIR": str(tmp_path)}
-    assert not processes(STAGE=str(folder))
+    left = processes(STAGE=str(folder))
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left and not list(tmp_path.glob("llava-collab.*"))
 
 
 def _start(*command: str, **variables: str) -> subprocess.Popen[str]:
@@ -114,7 +117,6 @@ def test_what_can_not_be_meant_is_refused(arguments: tuple[str, ...], variables:
 def test_how_a_node_ends(role: str, alone: int, of_many: int, stage: dict[str, str]) -> None:
     assert _run("train.sh", RECIPE, ROLE=role, **stage).returncode == alone
     assert _run("launch/on_node.sh", "program", ROLE=role, ADDRESSES="a b", NODE="1", **stage).returncode == of_many
-    assert not list(Path(stage["TMPDIR"]).glob("llava-collab.*"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)])

@@ -131,8 +131,8 @@ def learn(run: Run, done: int) -> int:
                 log.say(f"stopped after step {step} of {run.steps}; run the same command to go on")
                 return stopper.exit_code
     finally:
-        log.close()
         run.batches.close()
+        log.close()
         stopper.release()
     for line in coverage.unchecked():
         accelerator.print(line)

@@ -11,7 +11,7 @@ if [ $# -eq 0 ] || ((${#hosts[@]} == 0)); then
   exit 2
 fi
 restarts=${RESTARTS:-3}
-say() { echo "launcher: $*" >&2; }
+say() { echo "launcher: $*" >&3; }
 
 carried() {
   local name
@@ -40,6 +40,7 @@ if [ -n "${DRY_RUN:-}" ]; then
   exit 0
 fi
 
+exec 3>&2 2>/dev/null # bash would report an ssh that was killed
 pipes=$(mktemp -d)
 trap 'rm -rf "$pipes"' EXIT
 asked=
@@ -59,7 +60,7 @@ stop() {
 trap 'stop 2' INT
 trap 'stop 15' TERM HUP
 
-start() { # all hosts. Ctrl-C does not reach ssh: a script's asynchronous commands ignore it
+start() { # all hosts
   local node line
   lines=() sessions=()
   for node in "${!hosts[@]}"; do
@@ -68,7 +69,8 @@ start() { # all hosts. Ctrl-C does not reach ssh: a script's asynchronous comman
     lines+=("$line")
     {
       for other in "${lines[@]}"; do exec {other}>&-; done # or an ssh would keep the others' lifelines open
-      exec ssh -o BatchMode=yes -o ServerAliveInterval=15 "${hosts[$node]}" bash -s
+      trap '' INT TERM HUP # a terminal sends Ctrl-C to ssh too, which has to bring the ranks' last words
+      exec ssh -o BatchMode=yes -o ServerAliveInterval=15 "${hosts[$node]}" bash -s 2>&3
     } <"$pipes/$attempt-$node" &
     sessions+=($!)
     { carried; part "$node"; } >&"$line"

@@ -59,6 +59,14 @@ end_all() { # what this launcher started, wherever its parents went
   done
 }
 
+# What reads our output may go first (a terminal, ssh): the ranks must be able to write until they have saved.
+relay() {
+  trap '' HUP INT PIPE QUIT TERM USR1
+  cat 2>/dev/null || cat >/dev/null
+}
+exec > >(relay) 2> >(relay >&2)
+trap '' PIPE
+
 asked=
 stop() { # NUMBER of the signal
   if [ -z "$asked" ]; then
@@ -123,6 +131,6 @@ if ((${#addresses[@]} > 1)); then
     129 | 130 | 138 | 143) status=75 ;;
   esac
 fi
-[ -n "$lifeline" ] && kill "$lifeline" 2>/dev/null
-[ -n "${CONTROL:-}" ] || rm -rf "$control"
+if [ -n "$lifeline" ]; then kill "$lifeline" || true; fi
+if [ -z "${CONTROL:-}" ]; then rm -rf "$control"; fi
 exit "$status"
