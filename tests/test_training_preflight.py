@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
-from running import RECIPES, ROOT, run_apart, run_here
+from accelerate.state import AcceleratorState
+from running import RECIPES, ROOT, arguments, run_apart, run_here
 from synthetic import write_shapes
 
+from llava_collab.cli import main
 from llava_collab.training import fingerprint, preflight
 from llava_collab.training.fingerprint import BLOCK, BLOCKS, commit, data_hash, source_hash, versions
 from llava_collab.training.preflight import Finding, PreflightError, compare, crowded, room
@@ -37,7 +39,8 @@ def test_the_hash_of_a_file_sees_size_and_content(tmp_path: Path) -> None:
         stream.seek(2 * BLOCK)
         stream.write(b"b")
     assert data_hash(str(path)) != first
-    assert data_hash(str(tmp_path / "none.jsonl")) == "FileNotFoundError: No such file or directory"
+    with pytest.raises(FileNotFoundError):
+        data_hash(str(tmp_path / "none.jsonl"))
     assert data_hash("s3://bucket/a.tar") == data_hash("pipe:cat a") == "not looked at"
     assert data_hash(str(tmp_path)).startswith("1 entries, ")
 
@@ -105,14 +108,31 @@ def test_too_few_cpus_for_the_loaders_are_noted(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert crowded(0) == crowded(1) == []
     (note,) = crowded(2)
-    assert "2 ranks, each with 2 loader processes, on 4 CPUs instead of 6" in note
+    assert "ranks 2, loader processes of each 2, CPUs 4 instead of 6; lower run.num_workers" in note
 
 
 def test_one_rank_reports_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    preflight.preflight(recipe(tmp_path / "run"), Accelerator(cpu=True))
+    data = write_shapes(tmp_path / "shapes")
+    base = recipe(tmp_path / "run")
+    good = replace(base, data=replace(base.data, files=(replace(base.data.files[0], path=str(data)),)))
+    preflight.preflight(good, Accelerator(cpu=True))
     told = capsys.readouterr().out
     assert "preflight: 1 rank on " in told and "torch " in told and "are free for" in told
     assert list((tmp_path / "run").iterdir()) == []
+    with pytest.raises(PreflightError, match=r"data.files: no file data/tiny/train.jsonl to read \(No such file or directory\)"):
+        preflight.preflight(base, Accelerator(cpu=True))
+
+
+def test_the_verb_checks_alone_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_shapes(tmp_path / "shapes")
+    command = ["preflight", *arguments("tiny-instruct", data, tmp_path / "run")]
+    for more, code, word in (([], 0, "preflight: 1 rank on"), (["--data.files.0.path", "none"], 1, "no file none")):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(SystemExit) as left:
+            main([*command, *more])
+        told = capsys.readouterr()
+        assert left.value.code == code and word in told.out + told.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_program_says_what_is_wrong_before_it_builds_anything(
@@ -136,7 +156,7 @@ from llava_collab.training.recipe_file import load_recipe
 
 rank, out = int(os.environ["RANK"]), sys.argv[1]
 base = load_recipe("train/recipes/tiny-instruct.yaml")
-base = replace(base, run=replace(base.run, out=out))
+base = replace(base, run=replace(base.run, out=out), data=replace(base.data, files=(replace(base.data.files[0], path=__file__),)))
 accelerator = start(base)
 
 def attempt(recipe=base):
@@ -212,4 +232,3 @@ def test_a_rank_that_waits_says_what_to_look_at(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as caught, preflight.meeting("all ranks"):
         raise RuntimeError("of another kind")
     assert not hasattr(caught.value, "__notes__")
-    assert issubclass(PreflightError, RuntimeError)

@@ -61,24 +61,21 @@ def data_hash(path: str) -> str:
     """Size and hash of a file of the recipe; of a folder those of the names and sizes in it; of a URL nothing.
 
     Hashed are 64 blocks of 1 MiB, spread evenly: all of a file up to 64 MiB, at most that much of a larger one, whose size counts too.
-    Pictures that a file names are not looked at.
+    Pictures that a file names are not looked at. Raises OSError where there is nothing to read.
     """
     if "://" in path or path.startswith("pipe:"):
         return "not looked at"
     place = Path(path)
-    try:
-        if place.is_dir():
-            listing = sorted(f"{entry.name} {entry.stat().st_size}" for entry in os.scandir(place))
-            return f"{len(listing):,} entries, {short(json.dumps(listing).encode())}"
-        size = place.stat().st_size
-        digest = hashlib.sha256()
-        with place.open("rb") as stream:
-            for block in range(min(BLOCKS, -(-size // BLOCK))):
-                stream.seek(block * BLOCK if size <= BLOCKS * BLOCK else block * (size - BLOCK) // (BLOCKS - 1))
-                digest.update(stream.read(BLOCK))
-        return f"{size:,} bytes, {digest.hexdigest()[:12]}"
-    except OSError as error:
-        return f"{type(error).__name__}: {error.strerror}"
+    if place.is_dir():
+        listing = sorted(f"{entry.name} {entry.stat().st_size}" for entry in os.scandir(place))
+        return f"{len(listing):,} entries, {short(json.dumps(listing).encode())}"
+    size = place.stat().st_size
+    digest = hashlib.sha256()
+    with place.open("rb") as stream:
+        for block in range(min(BLOCKS, -(-size // BLOCK))):
+            stream.seek(block * BLOCK if size <= BLOCKS * BLOCK else block * (size - BLOCK) // (BLOCKS - 1))
+            digest.update(stream.read(BLOCK))
+    return f"{size:,} bytes, {digest.hexdigest()[:12]}"
 
 
 def short(content: bytes) -> str:

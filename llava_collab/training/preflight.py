@@ -80,7 +80,7 @@ def preflight(recipe: Recipe, accelerator: Accelerator, earlier: Mapping[str, Mo
     if any(problem.startswith("recipe:") for problem in problems):
         problems += compare([Finding(f.host, f.facts) for f in _gather(_keys(recipe), accelerator)])
     if problems:
-        raise PreflightError("the ranks can't train together:\n  " + "\n  ".join(dict.fromkeys(problems)))
+        raise PreflightError("before training, put this right:\n  " + "\n  ".join(dict.fromkeys(problems)))
     hosts = sorted({finding.host for finding in found})
     say(f"preflight: {len(found)} rank{'s' * (len(found) > 1)} on {', '.join(hosts)}: {_brief(found[0].facts)}")
     for note in dict.fromkeys(note for finding in found for note in finding.notes):
@@ -110,9 +110,14 @@ def look(recipe: Recipe, token: Path, accelerator: Accelerator, earlier: Mapping
     facts |= {"code: files": source_hash(), "recipe: hash": recipe_hash(recipe)}
     if (revision := commit()) is not None:
         facts["code: commit"] = revision
-    facts |= {f"data: {file.path}": data_hash(file.path) for file in recipe.data.files}
     facts["run folder: is shared"] = "yes" if token.exists() else "no"
     problems, notes = [], []
+    for file in recipe.data.files:
+        try:
+            facts[f"data: {file.path}"] = data_hash(file.path)
+        except OSError as error:
+            facts[f"data: {file.path}"] = str(error.strerror)
+            problems.append(f"data.files: no file {file.path} to read ({error.strerror}); paths are relative to the current directory.")
     if accelerator.is_main_process:
         (problem, note) = room(recipe, earlier)
         problems += [problem] if problem else []
@@ -200,7 +205,7 @@ def crowded(workers: int) -> list[str]:
     if not workers or (wanted := ranks * (1 + workers)) <= cpus:
         return []
     cure = "lower run.num_workers, or ask for more CPUs (SLURM: --cpus-per-task)"
-    return [f"{socket.gethostname()}: {ranks} ranks, each with {workers} loader processes, on {cpus} CPUs instead of {wanted}; {cure}"]
+    return [f"{socket.gethostname()}: ranks {ranks}, loader processes of each {workers}, CPUs {cpus} instead of {wanted}; {cure}"]
 
 
 @contextmanager

@@ -14,7 +14,6 @@
 # shellcheck disable=SC2329 # functions that only a trap calls
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-case "${1:---help}" in -h | --help) sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 say() { echo "launcher: $*" >&3; }
 
 count_gpus() { # of this process: nvidia-smi does not know what CUDA_VISIBLE_DEVICES hides
@@ -25,49 +24,48 @@ count_gpus() { # of this process: nvidia-smi does not know what CUDA_VISIBLE_DEV
   fi
 }
 
-gpus=${GPUS:-$(count_gpus)} restarts=${RESTARTS:-3} node=${NODE:-0}
-read -ra addresses <<<"${ADDRESSES:-}"
-for name in gpus restarts node; do
-  [[ "${!name}" =~ ^[0-9]+$ ]] || { echo "error: ${name^^} must be a number, not '${!name}'" >&2; exit 2; }
-done
-if ((gpus == 0)); then gpus=1; fi
-# torchrun itself is deaf to SIGTERM: it would kill its ranks 30 s later, saved or not.
-command=("${PYTHON:-python}" -m torch.distributed.run --nproc-per-node "$gpus" --max-restarts "$restarts" --signals-to-handle SIGINT)
-if ((${#addresses[@]} > 1)); then
-  first=$([ "$node" = 0 ] && echo true || echo false)
-  command+=(--nnodes "${#addresses[@]}" --rdzv-backend c10d --rdzv-endpoint "${addresses[0]}:${PORT:-29400}")
-  command+=(--rdzv-id "${MEETING:-llava-collab}" --rdzv-conf "is_host=$first" --local-addr "${addresses[$node]}")
-else
-  command+=(--standalone)
-fi
-command+=("$@")
-if [ -n "${DRY_RUN:-}" ]; then
-  printf '%q ' "${command[@]}"
-  echo
-  exit 0
-fi
+choose_command() { # PROGRAM [ARGUMENT ...]: fills `command`
+  local gpus=${GPUS:-${SLURM_GPUS_ON_NODE:-$(count_gpus)}} restarts=${RESTARTS:-3} node=${NODE:-0} name first=false
+  for name in gpus restarts node; do
+    [[ "${!name}" =~ ^[0-9]+$ ]] || { echo "error: ${name^^} must be a number, not '${!name}'" >&2; exit 2; }
+  done
+  if ((gpus == 0)); then gpus=1; fi
+  if ((node == 0)); then first=true; fi
+  # torchrun itself is to be deaf to SIGTERM: it would kill its ranks 30 s later, saved or not.
+  command=("${PYTHON:-python}" -m torch.distributed.run --nproc-per-node "$gpus" --max-restarts "$restarts" --signals-to-handle SIGINT)
+  if ((${#addresses[@]} > 1)); then
+    command+=(--nnodes "${#addresses[@]}" --rdzv-backend c10d --rdzv-endpoint "${addresses[0]}:${PORT:-29400}")
+    command+=(--rdzv-id "${MEETING:-llava-collab}" --rdzv-conf "is_host=$first" --local-addr "${addresses[$node]}")
+  else
+    command+=(--standalone)
+  fi
+  command+=("$@")
+}
 
-control=${CONTROL:-$(mktemp -d "${TMPDIR:-/tmp}/llava-collab.XXXXXX")}
-mkdir -p "$control"
-rm -f "$control"/{stop,failed,code-*}
-mark="LLAVA_COLLAB_LAUNCH=$control"
+relay() { # what reads our output may go first (a terminal, ssh): the ranks must be able to write until they have saved
+  trap '' HUP INT PIPE QUIT TERM USR1
+  cat 2>/dev/null || cat >/dev/null
+}
+
+start_agent() {
+  # A store that torchrun shares with its ranks keeps the addresses of ranks that died, and the next ones call those (pytorch/pytorch#135712).
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+  (
+    trap '' HUP QUIT USR1 USR2 TERM
+    exec env "$mark" PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" setsid "${command[@]}" </dev/null
+  ) &
+  agent=$!
+  exec 3>&2 2>/dev/null # bash would report what end_all kills
+}
+
 end_all() { # what this launcher started, wherever its parents went
   local -a left
-  while mapfile -t left < <(grep -lszx -F -- "$mark" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3) && ((${#left[@]})); do
-    kill -KILL "${left[@]}" 2>/dev/null || true
+  while mapfile -t left < <(grep -lszx -F -- "$mark" /proc/[0-9]*/environ | cut -d/ -f3) && ((${#left[@]})); do
+    kill -KILL "${left[@]}" || true
     sleep 0.1
   done
 }
 
-# What reads our output may go first (a terminal, ssh): the ranks must be able to write until they have saved.
-relay() {
-  trap '' HUP INT PIPE QUIT TERM USR1
-  cat 2>/dev/null || cat >/dev/null
-}
-exec > >(relay) 2> >(relay >&2)
-trap '' PIPE
-
-asked=
 stop() { # NUMBER of the signal
   if [ -z "$asked" ]; then
     asked=$1
@@ -78,59 +76,79 @@ stop() { # NUMBER of the signal
     end_all
   fi
 }
-trap 'stop 1' HUP
-trap 'stop 2' INT
-trap 'stop 10' USR1
-trap 'stop 15' TERM
-trap end_all QUIT
 
-# A store shared by torchrun and its ranks still holds the addresses of ranks that died, and the next ones call those (pytorch issue 135712).
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-(
-  trap '' HUP QUIT USR1 USR2 TERM
-  exec env "$mark" PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" setsid "${command[@]}" </dev/null
-) &
-agent=$!
-exec 3>&2 2>/dev/null # bash would report what end_all killed
-lifeline=
-if [ -n "${LIFELINE:-}" ]; then
-  {
-    while read -r word; do
-      if [ "$word" = end ]; then kill -QUIT $$; else kill -TERM $$; fi
-    done
-    kill -TERM $$
-  } <&0 >/dev/null 2>&1 &
-  lifeline=$!
-fi
+listen() { # to the lifeline
+  local word
+  while read -r word; do
+    if [ "$word" = end ]; then kill -QUIT $$; else kill -TERM $$; fi
+  done
+  kill -TERM $$
+}
 
-while kill -0 "$agent" 2>/dev/null; do
+wait_for_agent() { # fills `status`: what torchrun left with
+  while kill -0 "$agent"; do
+    if [ -e "$control/failed" ]; then
+      sleep 1 # the other ranks say what they met
+      end_all
+    fi
+    sleep 0.5 &
+    wait $! || true # a trapped signal ends this wait
+  done
+  status=0
+  wait "$agent" || status=$?
+  end_all
+}
+
+judge() { # turns `status` into what this script leaves with
   if [ -e "$control/failed" ]; then
-    sleep 1 # the other ranks say what they met
-    end_all
+    status=1
+  elif [ "$status" = 0 ]; then
+    status=$(cat "$control"/code-* | sort -n | tail -1)
+    status=${status:-0}
+    if [ -n "$asked" ] && [ "$status" != 0 ]; then status=$((128 + asked)); fi
+  elif ((status < 128)); then
+    status=70
   fi
-  sleep 0.5 &
-  wait $! || true # a trapped signal ends this wait
-done
-status=0
-wait "$agent" || status=$?
-end_all
-
-if [ -e "$control/failed" ]; then
-  status=1
-elif [ "$status" = 0 ]; then
-  status=$(cat "$control"/code-* 2>/dev/null | sort -n | tail -1)
-  status=${status:-0}
-  if [ -n "$asked" ] && [ "$status" != 0 ]; then status=$((128 + asked)); fi
-elif ((status < 128)); then
-  status=70
-fi
-if ((${#addresses[@]} > 1)); then
+  if ((${#addresses[@]} < 2)); then return; fi
   case "$status" in
     1) status=200 ;;
     70) status=201 ;;
     129 | 130 | 138 | 143) status=75 ;;
   esac
-fi
-if [ -n "$lifeline" ]; then kill "$lifeline" || true; fi
-if [ -z "${CONTROL:-}" ]; then rm -rf "$control"; fi
-exit "$status"
+}
+
+main() { # a function, which bash reads whole: an edit of this file does not reach a run that is on
+  case "${1:---help}" in -h | --help) sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
+  local asked='' agent control mark status lifeline=''
+  local -a addresses command
+  read -ra addresses <<<"${ADDRESSES:-}"
+  choose_command "$@"
+  if [ -n "${DRY_RUN:-}" ]; then
+    printf '%q ' "${command[@]}"
+    echo
+    exit 0
+  fi
+  control=${CONTROL:-$(mktemp -d "${TMPDIR:-/tmp}/llava-collab.XXXXXX")}
+  mark="LLAVA_COLLAB_LAUNCH=$control"
+  mkdir -p "$control"
+  rm -f "$control"/{stop,failed,code-*}
+  exec > >(relay) 2> >(relay >&2)
+  trap '' PIPE
+  trap 'stop 1' HUP
+  trap 'stop 2' INT
+  trap 'stop 10' USR1
+  trap 'stop 15' TERM
+  trap end_all QUIT
+  start_agent
+  if [ -n "${LIFELINE:-}" ]; then
+    listen <&0 >/dev/null &
+    lifeline=$!
+  fi
+  wait_for_agent
+  judge
+  if [ -n "$lifeline" ]; then kill "$lifeline" || true; fi
+  if [ -z "${CONTROL:-}" ]; then rm -rf "$control"; fi
+  exit "$status"
+}
+
+main "$@"

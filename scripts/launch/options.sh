@@ -28,7 +28,7 @@ EOF
 }
 
 read_arguments() { # SCRIPT ARGUMENT...
-  local script=$1 preflight='' root=$root argument pair name
+  local script=$1 preflight='' argument pair name
   local -a rest=()
   shift
   for argument in "$@"; do
