@@ -121,7 +121,7 @@ def ours(args: Args, address: str, cache: Path, processor: Any) -> tuple[Iterato
     return (sum(len(batch["sample_ids"]) for batch in step) for step in _steps(batches)), lambda: _workers(batches._steps)
 
 
-def _steps(batches: Batches) -> Iterator[list[dict[str, Any]]]:
+def _steps(batches: Batches) -> Iterator[Sequence[dict[str, Any]]]:
     while True:
         yield batches.next_step()
 

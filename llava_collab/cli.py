@@ -408,7 +408,7 @@ class Delta:
 
 @dataclass
 class Estimate:
-    """What a recipe will cost, counted on the real modules without weights or downloads: parameters, memory, FLOPs.
+    """What a recipe will cost, counted on the real modules without weights or downloads: parameters, memory, FLOPs, hours.
 
     After the recipe, any key of it can be given as on train.py's command line: --tune.llm frozen
     """
@@ -417,6 +417,14 @@ class Estimate:
     """a recipe of train/recipes"""
     tokens: int | None = None
     """length of a sample, image tokens included (default: the recipe's data.max_length)"""
+    gpus: int = 8
+    """GPUs, for the hours and for what engines share out"""
+    tflops: float = 312
+    """what a GPU can do at most, in bfloat16: 312 for an A100, 989 for an H100"""
+    utilisation: float = 0.4
+    """part of it that training reaches; an assumption, best replaced by what a run's log says"""
+    samples: int | None = None
+    """samples in an epoch, where the recipe counts epochs (without, no hours then)"""
 
     def run(self, overrides: list[str]) -> int:
         from .training.estimate import estimate
@@ -424,7 +432,10 @@ class Estimate:
         from .training.tables import earlier_stages
 
         recipe = parse_command([str(self.recipe), *overrides], __doc__ or "")
-        print(estimate(recipe, earlier_stages(self.recipe.parent), self.tokens).text())
+        cost = estimate(recipe, earlier_stages(self.recipe.parent), self.tokens)
+        steps, epochs, epoch = recipe.run.steps, recipe.run.epochs, self.samples
+        samples = steps * recipe.run.batch_size if steps else epoch and round(epoch * (epochs or 0))
+        print(f"{cost.text()}\n{cost.text_on(self.gpus, self.tflops, self.utilisation, samples)}")
         return 0
 
 
@@ -448,6 +459,23 @@ class Plot:
             return 1
         print(out)
         return 0
+
+
+@dataclass
+class Preflight:
+    """Check what all ranks check before their first step: that they hear each other and agree on versions, code, recipe, data and disk.
+
+    Alone it looks at this machine; under a launcher (scripts/train.sh RECIPE --preflight) at all of them. Keys can follow, as for estimate.
+    """
+
+    recipe: Positional[Path]
+    """a recipe of train/recipes"""
+
+    def run(self, overrides: list[str]) -> int:
+        from .training.preflight import check
+        from .training.stop import run_launched
+
+        return run_launched(lambda: check([str(self.recipe), *overrides], __doc__ or ""))
 
 
 Build = Annotated[BuildOpen, subcommand("cmt-open")] | Annotated[BuildPublic, subcommand("cmt-public")]
@@ -494,6 +522,7 @@ Verb = (
     | Annotated[Delta, subcommand("delta")]
     | Annotated[Estimate, subcommand("estimate")]
     | Annotated[Plot, subcommand("plot")]
+    | Annotated[Preflight, subcommand("preflight")]
 )
 
 
@@ -505,10 +534,10 @@ def main(argv: list[str] | None = None) -> None:
 
     say: Any = partial(tyro.cli, Verb, prog="llava-collab", description=__doc__, args=argv)
     verb, rest = say(return_unknown_args=True)
-    if rest and not isinstance(verb, Estimate):  # only there they are keys of a recipe
+    if rest and not isinstance(verb, Estimate | Preflight):  # only there they are keys of a recipe
         say()
     try:
-        raise SystemExit(verb.run(rest) if isinstance(verb, Estimate) else verb.run())
+        raise SystemExit(verb.run(rest) if isinstance(verb, Estimate | Preflight) else verb.run())
     except (AssetError, ShardError, TooManyBadSamples, ValueError, OSError) as error:  # what the user can mend is said without a trace
         print(f"llava-collab: {error}", file=sys.stderr)
         raise SystemExit(2) from None

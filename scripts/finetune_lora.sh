@@ -2,10 +2,5 @@
 # Stage 2 with LoRA on the language model; adapters are merged into the base at the end.
 # For a small machine: RECIPE=train/recipes/smol-instruct.yaml scripts/finetune_lora.sh
 set -euo pipefail
-
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-RECIPE="${RECIPE:-$(dirname "$here")/train/recipes/vicuna-7b-instruct-lora.yaml}"
-
-# shellcheck source=/dev/null
-source "$here/launch_training.sh"
-launch "Stage 2 with LoRA on the language model; adapters are merged into the base at the end." "$@"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+exec "$root/scripts/train.sh" "${RECIPE:-$root/train/recipes/vicuna-7b-instruct-lora.yaml}" "$@"

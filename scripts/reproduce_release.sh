@@ -30,6 +30,7 @@ sweep() { # TABLE [OPTIONS]
   python eval/sweep.py "$@" --base train/recipes/smol-experts-lora.yaml --start "$OUT/start/model" --out "$OUT" --lanes "$LANES" \
     --split decision --dtype float32 --batch-size 128
 }
+# shellcheck disable=SC2086 # several seeds are several words
 sweep controls --seeds $SEEDS
 sweep codes --seeds 0 --no-evaluate
 python eval/run.py --model majority --name majority --suite eval/suites/cmt-open.yaml --split decision --out "$OUT/majority/eval"

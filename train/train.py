@@ -34,15 +34,17 @@ from llava_collab.training.guards import Coverage, CoverageError, LossSpikes, No
 from llava_collab.training.log import ExpertHealth, RunLog
 from llava_collab.training.meter import Meter
 from llava_collab.training.opening import Student, exclusive, finish, open_run, open_student, start
+from llava_collab.training.preflight import PreflightError, meeting, preflight
 from llava_collab.training.recipe import Recipe, RecipeError
 from llava_collab.training.recipe_file import parse_command
 from llava_collab.training.state import load_moments, load_random, save_moments, save_random
 from llava_collab.training.step import Counts, EmptyStepError, accumulate, count, level, total_loss
-from llava_collab.training.stop import Stopper
+from llava_collab.training.stop import Stopper, run_launched
 from llava_collab.training.watchdog import WAITING, Watchdog, lost_contact
 
 CURABLE = (
     RecipeError,
+    PreflightError,
     SampleError,
     ShardError,
     TooManyBadSamples,
@@ -50,7 +52,6 @@ CURABLE = (
     EmptyStepError,
     NonFiniteError,
     CoverageError,
-    LoaderError,
 )
 """Errors that a user can cure: told in one line."""
 
@@ -71,7 +72,9 @@ class Run:
 
 def train(recipe: Recipe) -> int:
     """The whole run; returns the exit code."""
-    accelerator = start(recipe)
+    with meeting("all ranks to join"):
+        accelerator = start(recipe)
+    preflight(recipe, accelerator)
     if not open_run(recipe, accelerator):
         return 0
     checkpoints = Checkpoints(Path(recipe.run.out), recipe.run.keep_last, accelerator)
@@ -160,6 +163,7 @@ def learn(run: Run, done: int) -> int:
                 return stopper.exit_code
     finally:
         dog.close()
+        run.batches.close()
         log.close()
         stopper.release()
     for line in coverage.unchecked():
@@ -245,11 +249,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: out of memory: {error}\nLower run.micro_batch_size (the result stays the same), set ", end="", file=sys.stderr)
         print("run.gradient_checkpointing, or tune less (tune.llm: lora or frozen).", file=sys.stderr)
     except RuntimeError as error:
-        if (hint := lost_contact(error)) is None:
-            raise
-        print(f"error: {hint}", file=sys.stderr)
+        if hint := str(error) if isinstance(error, LoaderError) else lost_contact(error):
+            print(f"error: {hint}", file=sys.stderr)
+        raise  # no exit code of ours: after this one torchrun's restart may cure it
     return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_launched(main))

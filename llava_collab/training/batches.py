@@ -28,6 +28,7 @@ from llava_collab.models.build import feature_cache
 from llava_collab.training.data_files import read_all, window
 from llava_collab.training.packing import decide
 from llava_collab.training.recipe import DataRecipe, Recipe, RecipeError
+from llava_collab.training.stop import outlive_signals
 from llava_collab.types import Turn
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class Batches:
             collate_fn=WithSkips(collate),
             num_workers=workers,
             timeout=LOADER_TIMEOUT if workers else 0,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(recipe.run.seed),  # else each start draws from the generator that dropout uses
         )
         self.idle = collate.idle_batch()
@@ -173,6 +175,10 @@ class Batches:
         anywhere = torch.tensor(len(new), device=self._accelerator.device)
         torch.distributed.all_reduce(anywhere)
         return gather_object(new) if anywhere else []
+
+    def close(self) -> None:
+        """End the loader's processes now; a rank that dies of an error would else wait 5 s for each."""
+        self._steps = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands in the data (not how far workers have read)."""

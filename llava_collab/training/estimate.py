@@ -100,6 +100,31 @@ class Estimate:
         """Memory that a device needs at least."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.peak_bytes
 
+    def bytes_on(self, gpus: int) -> dict[str, int]:
+        """By engine: memory that each of several GPUs needs at least, where an engine shares weights, gradients or moments out.
+
+        The layer that a sharding engine gathers at a time comes on top.
+        """
+        learned = self.gradient_bytes + self.optimizer_bytes
+        return {
+            "ddp": self.total_bytes,
+            "zero2": self.weight_bytes + learned // gpus + self.peak_bytes,
+            "fsdp2, zero3": (self.weight_bytes + learned) // gpus + self.peak_bytes,
+        }
+
+    def hours(self, samples: int, gpus: int, tflops: float, utilisation: float) -> float:
+        """Hours that `samples` samples take on GPUs that reach `utilisation` of their `tflops` (1e12 operations a second)."""
+        return samples * self.step_flops / (gpus * tflops * 1e12 * utilisation) / 3600
+
+    def text_on(self, gpus: int, tflops: float, utilisation: float, samples: int | None) -> str:
+        """Memory by engine on several GPUs and, where the number of samples is known, hours."""
+        shares = ", ".join(f"{engine} {count / 2**30:,.1f} GiB" for engine, count in self.bytes_on(gpus).items())
+        lines = [f"each of {gpus} GPUs needs at least: {shares}"]
+        if samples:
+            hours, pace = self.hours(samples, gpus, tflops, utilisation), f"{100 * utilisation:.0f} % of {tflops:g} TFLOP/s"
+            lines.append(f"{samples:,} samples of {self.tokens:,} tokens take {hours:,.1f} hours on {gpus} GPUs at {pace}")
+        return "\n".join(lines)
+
     def text(self) -> str:
         """A table of the parts, then memory and arithmetic, for a terminal."""
         lines = [f"{'':<16}{'parameters':>16}{'trained':>16}{'weights':>12}{'forward/sample':>18}"]

@@ -86,16 +86,17 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Lines `key: old -> new` of the keys that change what a step computes."""
-    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    before, after = flat(to_dict(old)), flat(to_dict(new))
     keys = sorted((before.keys() | after.keys()) - NEUTRAL_KEYS)
     return [f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)]
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts and lists as one dict with dotted keys."""
     if not isinstance(value, dict | list) or not value:  # an empty dict is a value: {} asks for an expert, null for none
         return {prefix: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {key: leaf for name, child in items for key, leaf in _flat(child, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {key: leaf for name, child in items for key, leaf in flat(child, f"{prefix}.{name}" if prefix else str(name)).items()}
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
