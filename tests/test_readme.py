@@ -1,5 +1,6 @@
 """The README's commands exist and take the options that it shows; the architecture page names the floors that are there."""
 
+import json
 import re
 import subprocess
 import sys
@@ -76,3 +77,13 @@ def test_score_tables_are_those_of_the_kept_records(page: str, records: str) -> 
         found = run.intervals()
         cells = [f"{found[name].mean:.1f} ± {found[name].half_width:.1f}" for name in (*report.CATEGORIES, MACRO)]
         assert f"| {run.label} | {' | '.join(cells)} |" in lines
+
+
+def test_the_fault_table_is_that_of_the_campaign() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = {row["name"]: row["value"] for row in json.loads((ROOT / "benchmarks/results/faults.json").read_text(encoding="utf-8"))}
+    kinds = {name.removesuffix(": steps lost"): lost for name, lost in rows.items() if name.endswith(": steps lost")}
+    assert len(kinds) >= 10
+    for kind, lost in kinds.items():
+        found = re.search(rf"^\| {re.escape(kind)} \| \d+ \| \d+ \| (\d+) \| 0 \|$", page, re.MULTILINE)
+        assert found and int(found.group(1)) == lost, kind

@@ -43,6 +43,7 @@ read_arguments() { # SCRIPT ARGUMENT...
     echo "error: name a recipe first, e.g. train/recipes/tiny-instruct.yaml (--help explains)" >&2
     exit 2
   fi
+  # shellcheck disable=SC2154  # root is set by whoever sources this file
   program=("$root/train/train.py")
   if [ -n "$preflight" ]; then program=(-m llava_collab.cli preflight); fi
   program+=("${rest[0]}")
