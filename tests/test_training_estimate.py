@@ -211,6 +211,17 @@ def test_generated_weights_are_those_of_every_sample_and_layer() -> None:
     assert small.generated_bytes == 3 * 2 * (2 * 64 * 4) * 4  # samples, layers, two matrices of width x bottleneck, fp32
 
 
+def test_hours_and_what_engines_share_out() -> None:
+    cost = estimate(parse_command([str(RECIPES / "tiny-instruct.yaml")], ""))
+    assert cost.hours(1000, gpus=8, tflops=312, utilisation=0.4) == pytest.approx(1000 * cost.step_flops / (8 * 312e12 * 0.4) / 3600)
+    assert set(cost.bytes_on(1).values()) == {cost.total_bytes}
+    ddp, zero2, zero3 = cost.bytes_on(8).values()
+    assert ddp - zero2 == pytest.approx(12 * cost.trainable * 7 / 8, abs=1) and zero2 - zero3 == pytest.approx(
+        cost.weight_bytes * 7 / 8, abs=1
+    )
+    assert "samples" not in cost.text_on(8, 312, 0.4, None) and "5 samples of 256 tokens take 0.0 hours" in cost.text_on(8, 312, 0.4, 5)
+
+
 def test_meter_counts_a_storage_once_and_until_it_is_freed() -> None:
     x = torch.zeros(100)
     with Meter([x]) as meter:

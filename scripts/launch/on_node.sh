@@ -5,7 +5,7 @@
 #            RESTARTS how often torchrun starts all ranks again when one dies (default 3)
 #            ADDRESSES, NODE, PORT, MEETING   all nodes ("10.0.0.1 10.0.0.2"), which of them this is (0, 1 ...), the port where they meet on
 #                     the first, and a name that no other meeting there has (default: a node alone)
-#            CONTROL  folder through which launcher and ranks talk (llava_collab/training/stop.py; default: a new one, removed at the end)
+#            CONTROL  folder through which launcher and ranks talk (llava_collab/training/stop.py; default: a new one)
 #            LIFELINE set: stop when standard input ends; the words "stop" and "end" there do what one and two Ctrl-C do
 #            DRY_RUN  set: print the command
 # SIGTERM, SIGINT, SIGHUP, SIGUSR1: the ranks finish their step, save and leave; a second SIGINT ends them at once.
@@ -147,7 +147,8 @@ main() { # a function, which bash reads whole: an edit of this file does not rea
   wait_for_agent
   judge
   if [ -n "$lifeline" ]; then kill "$lifeline" || true; fi
-  if [ -z "${CONTROL:-}" ]; then rm -rf "$control"; fi
+  rm -f "$control"/{stop,failed,code-*}
+  rmdir "$control" || true
   exit "$status"
 }
 

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
 # Sourced by train.sh and train.slurm: reads their arguments into `program`, the command that every rank runs, and sets DRY_RUN.
+root=${root:?the script that sources this names the repository}
 
 usage() {
   sed -n '/^#SBATCH/d; 2,/^[^#]/s/^# \{0,1\}//p' "$1"
