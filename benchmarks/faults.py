@@ -1,6 +1,6 @@
 """A fault campaign: real trainings meet a fault at a random step, are started again, and have to end where an undisturbed run ends.
 
-    python benchmarks/faults.py                    50 runs, writes benchmarks/results/faults.json (a quarter of an hour on two cores)
+    python benchmarks/faults.py                    50 runs, writes benchmarks/results/faults.json (half an hour on two busy cores)
     python benchmarks/faults.py --runs 14          each kind once
 
 After each fault the newest checkpoint is read and checked; then the same command is given again, as a user or a batch system would, until
