@@ -20,6 +20,14 @@ ENGINES = ("ddp", "fsdp2", *(("zero2", "zero3") if DEEPSPEED else ()))
 STEPS, HALF = 20, 10
 RUN = ("--run.steps", str(STEPS), "--run.save-every", str(HALF), "--run.no-save-first")
 
+VARIANTS = {  # what else a recipe may ask for; every engine has to do what ddp does
+    "lora": ("--tune.llm", "lora", "--tune.lora.dropout", "0"),
+    "checkpointing": ("--run.gradient-checkpointing",),
+    "cache": ("--data.feature-cache",),
+    "tower": ("--tune.unfreeze-vision-tower",),
+    "blind": ("--data.blind",),
+}
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
@@ -62,6 +70,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     two += [_run(mixed, folder / f"{engine}-mixed", "--run.engine", engine, "--run.batch-size", "2") for engine in ENGINES]
     two += [_run(data, folder / f"{e}-again", "--run.engine", e, "--run.micro-batch-size", "4", source=folder / f"{e}-4") for e in ENGINES]
     two += [_run(data, folder / f"one-to-{e}", "--run.engine", e, source=folder / "one") for e in ENGINES]
+    few = ("--run.steps", "6", "--run.save-every", "6")
+    two += [_run(data, folder / f"{e}-{name}", "--run.engine", e, *few, *more) for e, (name, more) in product(ENGINES, VARIANTS.items())]
     shards = ("--run.engine", "fsdp2", "--run.checkpoint", "sharded")
     two += [_run(data, folder / "shards", *shards), _run(data, folder / "shards-again", *shards, source=folder / "shards")]
     _launch(folder, 2, two)
@@ -99,6 +109,13 @@ def test_packed_rows_learn_the_same(runs: Path, engine: str) -> None:
     _close(runs / f"{engine}-packed", runs / "one")
     rows, wanted = log_rows(runs / f"{engine}-packed"), log_rows(runs / f"{engine}-4")
     assert sum(row["padding_share"] for row in rows) < sum(row["padding_share"] for row in wanted)
+
+
+@pytest.mark.parametrize(("engine", "name"), list(product(ENGINES[1:], VARIANTS)))
+def test_what_else_a_recipe_asks_for(runs: Path, engine: str, name: str) -> None:
+    losses, wanted = ([row["loss"] for row in log_rows(runs / f"{e}-{name}")] for e in (engine, "ddp"))
+    assert len(wanted) == 6 and losses == pytest.approx(wanted, abs=1e-5)
+    assert _difference(runs / f"{engine}-{name}", runs / f"ddp-{name}") < 1e-4
 
 
 @pytest.mark.parametrize("engine", ENGINES)

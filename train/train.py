@@ -78,7 +78,7 @@ def train(recipe: Recipe) -> int:
     if not open_run(recipe, accelerator):
         return 0
     checkpoints = Checkpoints(Path(recipe.run.out), recipe.run.keep_last, accelerator)
-    saved = checkpoints.newest(accelerator.print)
+    saved = checkpoints.newest_for_all(accelerator.print)
 
     # The model, and which of its parts learn
     student = open_student(recipe, saved, accelerator.device)
@@ -116,6 +116,7 @@ def learn(run: Run, done: int) -> int:
     coverage = Coverage(engine, exempt)
     health = ExpertHealth(run.student.model)
     stopper, spikes = Stopper(recipe.run.deadline_minutes), LossSpikes()
+    run.meter.start()
     log = RunLog(Path(recipe.run.out), done, run.steps, accelerator.is_main_process)
     dog = Watchdog(Path(recipe.run.out), accelerator.process_index, 60 * recipe.run.stall_minutes, tqdm.write)
     try:
@@ -209,14 +210,14 @@ def save(run: Run, step: int) -> Path:
     weights, moments = ({}, {}) if sharded else (run.student.gather(run.engine), run.engine.moments())  # ranks meet here
 
     def write(folder: Path) -> None:
-        save_random(folder, run.accelerator.process_index)
         if sharded and isinstance(engine, Fsdp2):
-            engine.save_shards(folder / SHARDS)
+            engine.save_shards(folder / SHARDS)  # fails on all ranks together; so first
         elif run.accelerator.is_main_process:
             run.student.write(folder, engine, weights)
             save_moments(moments, folder)
         if run.accelerator.is_main_process:
             write_json(folder / "state.json", {"step": step, "batches": run.batches.state_dict(), "torch": torch.__version__})
+        save_random(folder, run.accelerator.process_index)
 
     return run.checkpoints.save(step, write, {name: weights[name] for name in run.student.trainable if name in weights})
 

@@ -202,7 +202,9 @@ def open_batches(recipe: Recipe, student: Student, accelerator: Accelerator, loc
     cache = None
     if recipe.data.feature_cache and not recipe.data.blind:
         images = dict.fromkeys(path for sample in samples for path in sample.images) if accelerator.is_main_process else ()
+        tower = student.model.get_submodule("model.vision_tower").to(accelerator.device)  # the rest follows with the engine
         cache = feature_cache(student.model, student.processor, images, recipe.run.micro_batch_size)
+        tower.to("cpu")
         accelerator.wait_for_everyone()
     dataset = ConversationDataset(
         samples,
@@ -237,7 +239,9 @@ def idle_sample(student: Student, data: DataRecipe) -> dict[str, Any]:
         return sample
     if data.feature_cache:
         width = student.model.get_submodule("model.multi_modal_projector").linear_1.in_features
-        return sample | {"image_features": torch.zeros(1, int((ids == student.model.config.image_token_id).sum()), width)}
+        visual = student.model.config.visual
+        tokens = int((ids == student.model.config.image_token_id).sum()) + int(visual is not None and visual.guidance == "cls")
+        return sample | {"image_features": torch.zeros(1, tokens, width)}
     return sample | {"pixel_values": student.processor.pixel_values([Image.new("RGB", (32, 32))])}
 
 

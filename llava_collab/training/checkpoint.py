@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -52,6 +52,20 @@ class Checkpoints:
         if steps:
             raise CheckpointError(f"every checkpoint in {self.folder} is damaged. Restore one, or delete the folder to start afresh.")
         return None
+
+    def newest_for_all(self, say: Callable[[str], None] = print) -> Path | None:
+        """`newest`, as the main process finds it, on all ranks: they have to go on from the same one. Raises CheckpointError on all."""
+        found: list[Path | None | CheckpointError] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                found = [self.newest(say)]
+            except CheckpointError as error:
+                found = [error]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if isinstance(found[0], CheckpointError):
+            raise found[0]
+        return found[0]
 
     def save(self, step: int, write: Callable[[Path], None], weights: Mapping[str, torch.Tensor]) -> Path:
         """Make `step-<step>`: every rank calls `write(folder)` (a rank other than the first writes only files of its own), in which ranks

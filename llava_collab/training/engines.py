@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llava_collab.files import read_json
 from llava_collab.models.hypernetwork import HyperNetwork
-from llava_collab.training.components import Named, by_component, clip, gradient_norms, parameter_groups
+from llava_collab.training.components import EXPERTS, Named, by_component, clip, component_of, gradient_norms, parameter_groups
 from llava_collab.training.recipe import Recipe, RecipeError
 from llava_collab.training.state import Moments
 from llava_collab.training.step import reduce_gradients
@@ -152,13 +152,12 @@ class Fsdp2(Sharded):
     """
 
     def start(self, model: Any, trainable: Named) -> None:
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         self.kind, self.config = type(model), model.config
         config = engine_config(self.recipe)
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
-        offload = CPUOffloadPolicy() if config["cpu_offload"] else OffloadPolicy()
-        shared: dict[str, Any] = dict(mesh=mesh, reshard_after_forward=config["reshard_after_forward"], offload_policy=offload)
+        shared: dict[str, Any] = dict(mesh=mesh, reshard_after_forward=config["reshard_after_forward"])
         root: dict[str, Any] = shared | {"reshard_after_forward": False}
         exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
         fast = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -175,6 +174,7 @@ class Fsdp2(Sharded):
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if self.trainable.keys() != trainable.keys():
             raise RuntimeError("fully_shard renamed parameters")
+        trainable.update(self.trainable)  # the caller's whole tensors are freed: nobody may hold them
         self.optimizer = self._adamw()
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -223,7 +223,9 @@ class Fsdp2(Sharded):
         for name, values in moments.items():
             parameter: Any = self.trainable[name]
             self.optimizer.state[parameter] = {
-                moment: distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements) if value.ndim else value
+                moment: distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+                if value.ndim
+                else value.to(self.accelerator.device)
                 for moment, value in values.items()
             }
 
@@ -235,7 +237,7 @@ class Fsdp2(Sharded):
         """Take up what `save_shards` wrote, on any number of ranks."""
         for parameter in self.trainable.values():
             zeros = {key: torch.zeros_like(parameter) for key in MOMENTS}
-            self.optimizer.state[parameter] = {"step": torch.zeros(()), **zeros}
+            self.optimizer.state[parameter] = {"step": torch.zeros((), device=self.accelerator.device), **zeros}
         load(self._sharded(), checkpoint_id=folder)
 
     def _sharded(self) -> dict[str, Any]:
@@ -276,8 +278,16 @@ class Zero(Sharded):
             "gradient_clipping": optim.clip_norm,
             "bf16": {"enabled": run.precision == "bf16"},
             "communication_data_type": "fp32",
+            "data_types": {"grad_accum_dtype": "fp32"},  # its default adds micro-batches up in the model's type
         }
+        if set(config["zero_optimization"]) & {"offload_optimizer", "offload_param"}:
+            raise RecipeError("run.engine_config: offloading is not supported, since gradients are looked at before the update.")
         masters = {name: p.detach().cpu().clone() for name, p in trainable.items()} if run.precision == "bf16" else {}
+        self._exact = {  # frozen experts: DeepSpeed would round what is saved of them
+            name: p.detach().cpu().clone()
+            for name, p in model.named_parameters()
+            if name not in trainable and component_of(name) in EXPERTS
+        }
         groups = parameter_groups(trainable, optim)
         adamw = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps)
         self.model, self._zero, _, _ = deepspeed.initialize(model=model, optimizer=adamw, config=config, dist_init_required=False)
@@ -326,7 +336,9 @@ class Zero(Sharded):
         state = self.trainable if names is not None else self.model.module.state_dict(keep_vars=True)
         own = {id(parameter): name for name, parameter in self.trainable.items()}
         for name, value in state.items():
-            if id(value) in own:
+            if name in self._exact:
+                full = self._exact[name]
+            elif id(value) in own:
                 full = self._gathered(own[id(value)], None)
             else:
                 with GatheredParameters([value], enabled=hasattr(value, "ds_id")):

@@ -39,6 +39,10 @@ class Meter:
         self._began = time.perf_counter()
         self._waited = 0.0
 
+    def start(self) -> None:
+        """The first step begins now."""
+        self._began = time.perf_counter()
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Around reading data."""
@@ -83,7 +87,8 @@ def costs(model: nn.Module, cached: bool) -> dict[str, float]:
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or (parameter is embedding and not tied):
             continue
-        cost = (4 + 2 * parameter.requires_grad) * parameter.numel()
+        packed = 2 if type(parameter).__name__ == "Params4bit" else 1  # weights a byte
+        cost = (4 + 2 * parameter.requires_grad) * packed * parameter.numel()
         match component_of(name):
             case "llm":
                 found["positions"] += cost

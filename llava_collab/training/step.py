@@ -54,6 +54,8 @@ def count(micro_batches: Sequence[Batch], accelerator: Accelerator, stop: bool =
         supervised = int((batch["labels"][:, 1:] != -100).sum())
         idle = batch.get("idle_rows", 0)
         rows, columns = batch["input_ids"].shape[0] - idle, batch["input_ids"].shape[1]
+        if idle:  # which may be the longest
+            columns = int(batch["attention_mask"][:rows].sum(1).max())
         tokens = int(batch["attention_mask"][:rows].sum())
         samples = int(batch["segment_ids"][:rows].amax(1).sum()) if "segment_ids" in batch else rows
         totals += torch.tensor([supervised, tokens, rows * columns, samples, images - min(idle, images), rows * columns**2, 0])
