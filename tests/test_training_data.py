@@ -191,9 +191,11 @@ def test_five_in_a_hundred_stop_all_ranks_at_the_same_step_with_the_report(tmp_p
 
 OTHER_DATA = """
 import os, sys
+from llava_collab.training import batches
 from running import program
-if os.environ["RANK"] == "1":
-    sys.argv[3] = sys.argv[3].replace("/here/", "/there/")
+read_all = batches.read_all
+if os.environ["RANK"] == "1":  # a node whose disk lacks a picture, or has another file under the same name
+    batches.read_all = lambda data: read_all(data)[1:]
 sys.exit(program().main(sys.argv[1:]))
 """
 
@@ -201,8 +203,6 @@ sys.exit(program().main(sys.argv[1:]))
 @pytest.mark.slow
 def test_ranks_that_see_other_files_are_refused(tmp_path: Path) -> None:
     here = write_shapes(tmp_path / "here", 40)
-    shutil.copytree(here.parent, tmp_path / "there")
-    (tmp_path / "there" / "3.png").unlink()
     (tmp_path / "start.py").write_text(OTHER_DATA, encoding="utf-8")
     done = run_apart([*TORCHRUN, str(tmp_path / "start.py"), *arguments("tiny-align", here, tmp_path / "run", *SHORT)])
     assert done.returncode == 1 and done.stderr.count("error: ranks [1] have other samples than rank 0") == 2, done.stderr[-3000:]
