@@ -190,6 +190,8 @@ def finish(recipe: Recipe, student: Student, engine: DataParallel, tensors: dict
         for name, tensor in [*model.named_parameters(), *model.get_submodule("model.vision_tower").named_buffers("model.vision_tower")]:
             if tensor.is_floating_point() and component_of(name) not in EXPERTS:  # batch statistics too: cast_frozen trained with such
                 tensor.data = tensor.data.to(torch.bfloat16)
+    if student.tuner is not None and recipe.run.checkpoint == "sharded":  # `store_delta` needs the factors whole
+        save_file(tensors, run / TRAINABLE)
     temporary = run / ".model.tmp"
     model.save_pretrained(temporary)  # pyright: ignore[reportCallIssue]
     student.processor.save_pretrained(temporary)
@@ -210,7 +212,7 @@ def store_delta(run: Path, folder: Path, base: Path | None = None, licence: str 
     recipe = load_recipe(run / "recipe.yaml")
     factors = None
     if recipe.tune.adapted:
-        step = read_json(run / "finished.json")["step"]
-        factors = merged(recipe, load_file(run / "checkpoints" / f"step-{step}" / TRAINABLE))[1]
+        last = run / "checkpoints" / f"step-{read_json(run / 'finished.json')['step']}" / TRAINABLE
+        factors = merged(recipe, load_file(last if last.is_file() else run / TRAINABLE))[1]
     model, processor = load(run / "model")
     return save_delta(model, processor, folder, base or recipe.model, seed=recipe.run.seed, lora=factors, licence=licence)
