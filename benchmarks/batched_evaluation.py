@@ -12,11 +12,7 @@ counts. On a CPU that others use as well, the ratio of CPU seconds, given beside
 from __future__ import annotations
 
 import math
-import platform
 import random
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +25,9 @@ from tqdm import tqdm
 
 from llava_collab.data.samples import Sample
 from llava_collab.evaluation.controls import blind
+from llava_collab.evaluation.environment import write_results
 from llava_collab.evaluation.evaluator import batches, choose
 from llava_collab.evaluation.suite import load_suite
-from llava_collab.files import write_json
 from llava_collab.types import Request, Single
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,16 +159,7 @@ def main(args: Args) -> None:
     name = f"throughput of {args.batch_size} questions at once over one by one"
     rows.append({"name": name, "value": round(ratio, 3), "unit": "ratio", "better": "higher", "target": 1.0})
     rows[-1]["cpu_time_ratio"] = round(cpu_ratio, 3)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    hardware = f"{platform.machine()}, CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    about = {
-        "items": args.items,
-        "model": args.model.name,
-        "hardware": hardware,
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit,
-    }
-    write_json(args.out, [row | about for row in rows])
+    write_results(args.out, rows, items=args.items, model=args.model.name)
 
 
 if __name__ == "__main__":

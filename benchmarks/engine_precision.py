@@ -13,8 +13,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import platform
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -27,7 +25,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from llava_collab.files import write_json
+from llava_collab.evaluation.environment import write_results
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
@@ -55,17 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         losses = {job: train(data, Path(place) / "-".join(job), *job, args) for job in tqdm(jobs, unit="run")}
     exact = losses["ddp", "fp32"]
     rows = []
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    words = [f"python benchmarks/{Path(__file__).name}", *map(shlex.quote, sys.argv[1:] if argv is None else argv)]
-    about = {"hardware": f"{os.cpu_count()} cores, {platform.machine()}, no GPU", "command": " ".join(words), "commit": commit}
     print("| engine | precision | largest loss difference from ddp in fp32 | mean | last loss |\n| --- | --- | ---: | ---: | ---: |")
     for (engine, precision), found in losses.items():
         gaps = [abs(a - b) for a, b in zip(found, exact, strict=True)]
         print(f"| {engine} | {precision} | {max(gaps):.2g} | {sum(gaps) / len(gaps):.2g} | {found[-1]:.3f} |")
         target = 1e-5 if precision == "fp32" else None
         name = f"{engine}, {precision}: largest loss difference from ddp in fp32"
-        rows.append({"name": name, "value": max(gaps), "unit": "nats", "better": "lower", "target": target} | about)
-    write_json(args.out, rows)
+        rows.append({"name": name, "value": max(gaps), "unit": "nats", "better": "lower", "target": target})
+    write_results(args.out, rows)
     return 0
 
 

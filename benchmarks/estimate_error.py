@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -27,7 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llava_collab.files import write_json
+from llava_collab.evaluation.environment import write_results
 from llava_collab.models.tiny import tiny_tokenizer
 from llava_collab.training.components import parameter_groups
 from llava_collab.training.estimate import estimate
@@ -115,8 +113,6 @@ def main() -> None:
         print(json.dumps(measure(args.measure, args.base)))
         return
     rows = []
-    command = shlex.join(["python", *sys.argv])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary) / "llama-10m"
         make_base(base)
@@ -131,10 +127,7 @@ def main() -> None:
                 error = round(abs(value / measured[name] - 1), 4)
                 row = {"name": f"{size}: {name}, |estimate / measured - 1|", "value": error, "unit": "share", "better": "lower"}
                 rows.append(row | {"estimate": value, "measured": measured[name]})
-    about = {"target": 0.1, "hardware": f"{platform.machine()}, CPU, torch {torch.__version__}", "command": command}
-    for row in rows:
-        row |= about | {"commit": commit}
-    write_json(ROOT / "benchmarks" / "results" / "estimate_error.json", rows)
+    write_results(ROOT / "benchmarks" / "results" / "estimate_error.json", rows, target=0.1)
 
 
 if __name__ == "__main__":

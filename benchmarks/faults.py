@@ -14,10 +14,8 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import random
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
@@ -34,6 +32,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from llava_collab.evaluation.environment import write_results
 from llava_collab.files import read_json, write_json
 from llava_collab.training import checkpoint
 from llava_collab.training.checkpoint import damage
@@ -190,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(read_json(kept))
         if rows[-1]["wrong"]:
             tqdm.write(f"run {number}, {name}: {rows[-1]['wrong']}")
-    write_json(args.out, results(rows, argv))
+    write_results(args.out, results(rows))
     print(table(rows))
     return int(any(row["wrong"] for row in rows))
 
@@ -339,20 +338,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def results(rows: Sequence[dict[str, Any]], argv: Sequence[str] | None) -> list[dict[str, Any]]:
+def results(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the result file."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    words = [f"python benchmarks/{Path(__file__).name}", *map(shlex.quote, sys.argv[1:] if argv is None else argv)]
-    about = {"hardware": f"{os.cpu_count()} cores, {platform.machine()}, no GPU", "command": " ".join(words), "commit": commit}
     found = [
-        {"name": f"{name}: steps lost", "value": lost, "unit": "steps", "better": "lower", "target": EVERY + KINDS[name].more_lost} | about
+        {"name": f"{name}: steps lost", "value": lost, "unit": "steps", "better": "lower", "target": EVERY + KINDS[name].more_lost}
         for name, lost in by_kind(rows, lambda own: max(row["lost"] for row in own)).items()
     ]
     wrong = sum(bool(row["wrong"]) for row in rows)
     return [
         *found,
-        {"name": f"runs of {len(rows)} that did not end as they should", "value": wrong, "unit": "runs", "better": "lower", "target": 0}
-        | about,
+        {"name": f"runs of {len(rows)} that did not end as they should", "value": wrong, "unit": "runs", "better": "lower", "target": 0},
     ]
 
 

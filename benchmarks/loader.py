@@ -13,11 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +34,7 @@ from transformers import CLIPImageProcessorPil
 from llava_collab.data.collate import Collator
 from llava_collab.data.samples import parse_record
 from llava_collab.data.shard_writer import write_shards
-from llava_collab.files import write_json
+from llava_collab.evaluation.environment import write_results
 from llava_collab.models.build import ModelSpec, build
 from llava_collab.training.batches import Batches, open_batches
 from llava_collab.training.recipe import DataFile, DataRecipe, OptimRecipe, Recipe, RunRecipe, TuneRecipe
@@ -213,17 +209,7 @@ def main(args: Args) -> None:
     """Measure, print, write."""
     with tempfile.TemporaryDirectory() as folder:
         found = rows(compare(args, Path(folder)))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    busy = f"{os.cpu_count()} CPU cores, load {os.getloadavg()[1]:.1f}"
-    about = {
-        "samples": args.samples,
-        "rounds": args.rounds,
-        "workers": args.workers,
-        "hardware": f"{platform.machine()}, {busy}, torch {torch.__version__}",
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit,
-    }
-    write_json(args.out, [row | about for row in found])
+    write_results(args.out, found, samples=args.samples, rounds=args.rounds, workers=args.workers)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,8 @@ at random: neither changes the time.
 
 from __future__ import annotations
 
-import platform
 import random
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +30,7 @@ from llava_collab.data.collate import Collator
 from llava_collab.data.packing import padding_share
 from llava_collab.data.sampler import GroupedBatchSampler
 from llava_collab.data.samples import Sample, read_samples
-from llava_collab.files import write_json
+from llava_collab.evaluation.environment import write_results
 from llava_collab.models import HyperLlavaForConditionalGeneration, HyperLlavaProcessor
 from llava_collab.training.batches import MicroBatches
 from llava_collab.training.engines import DataParallel
@@ -185,16 +181,9 @@ def main(args: Args) -> None:
                 "tokens_per_second": rates,
             }
         print(line, flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    about = {
-        "data": "made on the spot" if args.data is None else args.data.name,
-        "samples": len(samples),
-        "model": f"{args.model.name}'s architecture, fp32, all but the vision tower learns",
-        "hardware": f"{platform.machine()}, CPU, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit,
-    }
-    write_json(args.out, [row | about for row in rows])
+    source = "made on the spot" if args.data is None else args.data.name
+    model = f"{args.model.name}'s architecture, fp32, all but the vision tower learns"
+    write_results(args.out, rows, data=source, samples=len(samples), model=model)
 
 
 if __name__ == "__main__":

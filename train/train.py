@@ -28,8 +28,7 @@ from llava_collab.files import read_json, write_json
 from llava_collab.training.batches import Batches, LoaderError, open_batches
 from llava_collab.training.checkpoint import CheckpointError, Checkpoints
 from llava_collab.training.components import IMAGE_ONLY, learning_rate_factor, table
-from llava_collab.training.engines import SHARDS, DataParallel, Fsdp2
-from llava_collab.training.engines import engine as choose_engine
+from llava_collab.training.engines import SHARDS, DataParallel, Fsdp2, choose_engine
 from llava_collab.training.guards import Coverage, CoverageError, LossSpikes, NonFiniteError, check_finite
 from llava_collab.training.log import ExpertHealth, RunLog
 from llava_collab.training.meter import Meter

@@ -7,8 +7,13 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+from llava_collab.files import write_json
+from llava_collab.training.fingerprint import commit
 
 PACKAGES = ("llava-collab", "torch", "transformers", "tokenizers", "numpy", "pillow", "rouge-score", "sacrebleu", "rapidocr", "onnxruntime")
 
@@ -23,6 +28,17 @@ def environment(**more: Any) -> dict[str, Any]:
         "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(), "accelerator": _accelerator()},
         **more,
     }
+
+
+def write_results(path: Path, rows: Iterable[dict[str, Any]], **about: Any) -> None:
+    """The result file of a benchmark program: its rows (name, value, unit, better, target), with `about`, hardware, command, commit."""
+    import torch
+
+    device = _accelerator() or "no GPU"
+    busy = f"{os.cpu_count()} cores (load {os.getloadavg()[1]:.1f}), {torch.get_num_threads()} threads"
+    about |= {"hardware": f"{platform.machine()}, {device}, {busy}, torch {torch.__version__}"}
+    about |= {"command": environment()["command"], "commit": commit()}
+    write_json(path, [row | about for row in rows])
 
 
 def _version(name: str) -> str | None:

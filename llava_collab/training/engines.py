@@ -92,15 +92,15 @@ class DataParallel:
         """This rank's part of a trained parameter."""
         return self.trainable[name].detach()
 
-    def gather(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Whole tensors on the CPU by name, on the main process ({} elsewhere): trained parameters, or with None the state dict."""
+    def gather(self, trained_only: bool = False) -> dict[str, Tensor]:
+        """Whole tensors on the CPU by name, on the main process ({} elsewhere): the state dict, or the trained parameters."""
         if not self.accelerator.is_main_process:
             return {}
-        state = self.trainable if names is not None else self.model.state_dict()
+        state = self.trainable if trained_only else self.model.state_dict()
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
     def whole(self, tensors: dict[str, Tensor]) -> Any:
-        """A model that holds what `gather(None)` gave, on the main process, to be saved."""
+        """A model that holds what `gather()` gave, on the main process, to be saved."""
         return self.model
 
     def moments(self) -> Moments:
@@ -208,8 +208,8 @@ class Fsdp2(Sharded):
     def local(self, name: str) -> Tensor:
         return _local(self.trainable[name].detach())
 
-    def gather(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-        state = self.trainable if names is not None else self.model.state_dict()
+    def gather(self, trained_only: bool = False) -> dict[str, Tensor]:
+        state = self.trainable if trained_only else self.model.state_dict()
         return self._whole(state)
 
     def moments(self) -> Moments:
@@ -293,7 +293,7 @@ class Zero(Sharded):
         self.model, self._zero, _, _ = deepspeed.initialize(model=model, optimizer=adamw, config=config, dist_init_required=False)
         self.trainable = {name: p for name, p in self.model.module.named_parameters() if name in trainable}
         self.optimizer = self._zero.optimizer
-        self._stage = self._zero.zero_stage if hasattr(self._zero, "zero_stage") else config["zero_optimization"]["stage"]
+        self._stage = config["zero_optimization"]["stage"]
         for name, value in masters.items():
             self._scatter(name, None, value)
         self._reached: set[str] = set()
@@ -329,11 +329,11 @@ class Zero(Sharded):
     def local(self, name: str) -> Tensor:
         return getattr(self.trainable[name], "ds_tensor", self.trainable[name]).detach()
 
-    def gather(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def gather(self, trained_only: bool = False) -> dict[str, Tensor]:
         from deepspeed.runtime.zero import GatheredParameters
 
         whole: dict[str, Tensor] = {}
-        state = self.trainable if names is not None else self.model.module.state_dict(keep_vars=True)
+        state = self.trainable if trained_only else self.model.module.state_dict(keep_vars=True)
         own = {id(parameter): name for name, parameter in self.trainable.items()}
         for name, value in state.items():
             if name in self._exact:
@@ -400,7 +400,7 @@ class Zero(Sharded):
 ENGINES: dict[str, type[DataParallel]] = {"ddp": DataParallel, "fsdp2": Fsdp2, "zero2": Zero, "zero3": Zero}
 
 
-def engine(recipe: Recipe, accelerator: Accelerator) -> DataParallel:
+def choose_engine(recipe: Recipe, accelerator: Accelerator) -> DataParallel:
     """The recipe's engine. Raises RecipeError for what it can't do."""
     name = recipe.run.engine
     if name != "ddp" and accelerator.num_processes == 1 and not torch.distributed.is_initialized():

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,12 +25,10 @@ from llava_collab.models.build import build, load
 from llava_collab.models.delta import LoraFactors, lora_factors, save_delta
 from llava_collab.training.checkpoint import verify
 from llava_collab.training.components import EXPERTS, Named, cast_frozen, choose_trainable, component_of
+from llava_collab.training.engines import SHARDS, DataParallel
 from llava_collab.training.lora import add_adapters, merge_adapters, quantise, require_4bit
 from llava_collab.training.recipe import Recipe, RecipeError
 from llava_collab.training.recipe_file import load_recipe, refuse_other_recipe, save_recipe
-
-if TYPE_CHECKING:
-    from llava_collab.training.engines import DataParallel
 
 TRAINABLE = "trainable.safetensors"
 
@@ -114,7 +112,7 @@ class Student:
 
     def gather(self, engine: DataParallel) -> dict[str, torch.Tensor]:
         """What a checkpoint holds of the weights, on the main process ({} elsewhere): all; with adapters those that are trained."""
-        return engine.gather(None if self.tuner is None else tuple(self.trainable))
+        return engine.gather(trained_only=self.tuner is not None)
 
     def write(self, folder: Path, engine: DataParallel, tensors: dict[str, torch.Tensor]) -> None:
         """Gathered weights for a checkpoint: a loadable model folder; with adapters the trained ones only (the base can be built again)."""
@@ -130,7 +128,7 @@ def open_student(recipe: Recipe, checkpoint: Path | None, device: torch.device) 
     adapters = bool(recipe.tune.adapted)
     if recipe.tune.llm == "lora4bit":
         require_4bit()
-    from_shards = checkpoint is not None and (checkpoint / "shards").is_dir()  # the engine fills them in
+    from_shards = checkpoint is not None and (checkpoint / SHARDS).is_dir()  # the engine fills them in
     if checkpoint is None or adapters or from_shards:
         model, processor = build(recipe.model, seed=recipe.run.seed)
     else:
