@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from transformers import DynamicCache
 
+from .adapters.routing import RoutingContext
 from .data.conversation import IMAGE_MARK, EncodedText
 from .data.images import load_image
 from .types import Turn, Usage
@@ -112,6 +113,7 @@ class Chat:
         self._ids: list[int] = []  # those whose states the cache holds; none: the cache is not to be used
         self._cache = DynamicCache()  # without the config: sliding-window layers too keep all, so that it can be cut back
         self._weights: Any = None
+        self._routing = RoutingContext()
 
     @torch.inference_mode()
     def _prefill(self, prompt: EncodedText, pictures: Sequence[Path | Image.Image]) -> int:
@@ -127,13 +129,15 @@ class Chat:
         if kept == 0:
             self._start_cache()
             pixels["guidance_mask"] = torch.tensor([prompt.guidance_mask], device=device)
+            self._routing = RoutingContext(prompt_BT=pixels["guidance_mask"])
         held, self._ids = len(self._ids), []  # should the call be interrupted, the cache is half-filled
         if held > kept:
             self._cache.crop(kept - held)
         new_1T = torch.tensor([ids[kept:]], device=device)
-        out = self.model(
-            input_ids=new_1T, past_key_values=self._cache, expert_weights=self._weights, use_cache=True, logits_to_keep=1, **pixels
-        )
+        with self._routing:
+            out = self.model(
+                input_ids=new_1T, past_key_values=self._cache, expert_weights=self._weights, use_cache=True, logits_to_keep=1, **pixels
+            )
         self._weights = out.expert_weights
         self._cache.crop(-1)  # `generate` wants a token to start from
         self._ids = ids[:-1]
@@ -143,13 +147,14 @@ class Chat:
     def _next_id(self, ids: list[int]) -> int:
         """One step of `generate`: all of its options hold, and no thread is needed to stream."""
         self._ids, ids_1T = [], torch.tensor([ids], device=self.model.device)
-        out_1T = self.model.generate(
-            input_ids=ids_1T,
-            attention_mask=torch.ones_like(ids_1T),
-            past_key_values=self._cache,
-            expert_weights=self._weights,
-            **self.generation | {"max_new_tokens": 1, "num_beams": 1, "use_cache": True},
-        )
+        with self._routing:
+            out_1T = self.model.generate(
+                input_ids=ids_1T,
+                attention_mask=torch.ones_like(ids_1T),
+                past_key_values=self._cache,
+                expert_weights=self._weights,
+                **self.generation | {"max_new_tokens": 1, "num_beams": 1, "use_cache": True},
+            )
         self._ids = ids
         return int(out_1T[0, -1])
 

@@ -92,6 +92,7 @@ def configuration(spec: ModelSpec, earlier: Mapping[str, ModelSpec] | None = Non
         vision_feature_select_strategy=strategy,
         visual_expert=spec.visual_expert,
         language_expert=spec.language_expert,
+        adapter=spec.adapter,
         tie_word_embeddings=text.tie_word_embeddings,
     )
 
@@ -105,7 +106,7 @@ def meta_model(config: HyperLlavaConfig) -> HyperLlavaForConditionalGeneration:
 
 
 def _initialised(spec: ModelSpec, folder: str, earlier: Mapping[str, ModelSpec]) -> HyperLlavaConfig:
-    """As `load` does it: the checkpoint's model; an expert named in the spec is added or replaces its namesake."""
+    """As `load` does it: the checkpoint's model; an expert or adapter named in the spec is added or replaces its namesake."""
     if (Path(folder) / "config.json").is_file():
         stored: Any = AutoConfig.from_pretrained(folder)
         known: dict[str, Any] = {
@@ -119,8 +120,8 @@ def _initialised(spec: ModelSpec, folder: str, earlier: Mapping[str, ModelSpec])
             f"init_from {folder}: no such model folder, and no recipe beside this one trains it; run that stage first, "
             "or name the bases (language_model, vision_tower) and set init_from to null"
         )
-    experts = {"visual_expert": spec.visual_expert, "language_expert": spec.language_expert}
-    known |= {name: value for name, value in experts.items() if value is not None}
+    parts = {"visual_expert": spec.visual_expert, "language_expert": spec.language_expert, "adapter": spec.adapter}
+    known |= {name: value for name, value in parts.items() if value is not None}
     return HyperLlavaConfig(**known)
 
 

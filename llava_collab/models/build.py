@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from ..adapters.layer import LowRankExperts
 from ..assets import cache_root
 from ..data.conversation import IMAGE_MARK, TEMPLATES
 from ..data.features import FeatureCache
@@ -54,6 +55,8 @@ class ModelSpec:
     """null (off), {} for the paper's, or fields of VisualExpertConfig such as {bottleneck: 16, layers: both}"""
     language_expert: dict | None = None
     """null (off), {} for the paper's, or fields of LanguageExpertConfig such as {bottleneck: 16, layers: all}"""
+    adapter: dict | None = None
+    """null (none), or low-rank experts, such as {method: teamlora, experts: 4, rank: 8} (fields of AdapterConfig, methods of METHODS)"""
     template: str = "chatml"
     """plain | vicuna_v1 | chatml | own (the tokenizer's chat template)"""
     init_from: str | None = None
@@ -71,7 +74,8 @@ def build(
         raise ValueError(f"unknown template {spec.template!r}; known: {sorted(TEMPLATES)}, or own")
     torch.manual_seed(seed)
     if spec.init_from is not None:
-        model, processor = load(spec.init_from, dtype=dtype, visual_expert=spec.visual_expert, language_expert=spec.language_expert)
+        parts = {"visual_expert": spec.visual_expert, "language_expert": spec.language_expert, "adapter": spec.adapter}
+        model, processor = load(spec.init_from, dtype=dtype, **parts)
         processor.chat_template = processor.chat_template if spec.template == "own" else TEMPLATES[spec.template]
         return model, processor
     decoder, tokenizer = _language_model(spec.language_model, dtype)
@@ -86,14 +90,15 @@ def build(
         vision_feature_select_strategy=strategy,
         visual_expert=spec.visual_expert,
         language_expert=spec.language_expert,
+        adapter=spec.adapter,
         tie_word_embeddings=decoder.config.tie_word_embeddings,
     )
     model: Any = HyperLlavaForConditionalGeneration(config)
     model.to(dtype)
     _initialise_new_parts(model, seed)
     _fp32_experts(model)
-    model.model.vision_tower.load_state_dict(tower.state_dict())
-    model.model.language_model.load_state_dict(decoder.model.state_dict())
+    _copy(tower, model.model.vision_tower)
+    _copy(decoder.model, model.model.language_model)
     model.lm_head.load_state_dict(decoder.lm_head.state_dict())
     model.tie_weights()
     _set_generation(model, tokenizer)
@@ -126,18 +131,20 @@ def load(
     *,
     visual_expert: dict | None = None,
     language_expert: dict | None = None,
+    adapter: dict | None = None,
 ) -> tuple[HyperLlavaForConditionalGeneration, HyperLlavaProcessor]:
-    """A checkpoint (ours, a delta, or stock LLaVA's; folder or hub id) and its processor; experts given here are added where it has none.
+    """A checkpoint (ours, a delta, or stock LLaVA's; folder or hub id) and its processor; experts and adapter given here are added where
+    it has none.
 
-    Raises ValueError naming every missing, unexpected or mismatched key, and for a folder that is no LLaVA at all. Only keys of
-    experts that are added here may be missing.
+    Raises ValueError naming every missing, unexpected or mismatched key, and for a folder that is no LLaVA at all. Only keys of what
+    is added here may be missing.
     """
     config = _read_config(folder)
     added = []
-    for name, value in (("visual_expert", visual_expert), ("language_expert", language_expert)):
+    for name, value in (("visual_expert", visual_expert), ("language_expert", language_expert), ("adapter", adapter)):
         if value is not None:
             if getattr(config, name, None) is None:
-                added.append(name)
+                added.append(f".{name}")  # a parameter's name has it between dots
             setattr(config, name, value)
     config = HyperLlavaConfig(**{k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "dtype")})
     tensors, place = None, folder
@@ -189,6 +196,16 @@ def _initialise_new_parts(model: HyperLlavaForConditionalGeneration, seed: int) 
         torch.manual_seed(seed + number)
         if expert is not None:
             expert.reset_parameters()
+    torch.manual_seed(seed + 4)
+    for module in model.modules():
+        if isinstance(module, LowRankExperts):
+            module.reset_parameters()
+
+
+def _copy(base: torch.nn.Module, part: torch.nn.Module) -> None:
+    """Give a part of the model a base's weights; low-rank experts keep theirs. Raises RuntimeError for any other difference in names."""
+    own = {name: tensor for name, tensor in part.state_dict().items() if ".adapter." in name}
+    part.load_state_dict(base.state_dict() | own)
 
 
 def _fp32_experts(model: HyperLlavaForConditionalGeneration) -> None:

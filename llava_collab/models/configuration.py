@@ -1,4 +1,4 @@
-"""The configuration of a HyperLLaVA: stock LLaVA's, plus what its two experts look like (`None` = that expert is off).
+"""The configuration of a HyperLLaVA: stock LLaVA's, plus what its experts look like and its low-rank adapter (`None`: it has none).
 
 Every choice that the paper makes, leaves open or contradicts is one field. Evidence tags: [paper] stands in arXiv 2403.13447;
 [figure] is read off its framework figure; [open] the paper is silent or contradicts itself, and the default is our choice.
@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from transformers import LlavaConfig
+
+from ..adapters.layer import AdapterConfig
 
 
 @dataclass(frozen=True)
@@ -108,20 +110,23 @@ class LanguageExpertConfig(ExpertConfig):
 
 
 class HyperLlavaConfig(LlavaConfig):
-    """`LlavaConfig` with `visual_expert` and `language_expert`: None (off), or a dict of the fields of the two classes above.
+    """`LlavaConfig` with `visual_expert` and `language_expert`: None (off), or a dict of the fields of the two classes above; and
+    `adapter`: None, or a dict of `adapters.AdapterConfig`'s fields, where `method` may name one of `adapters.METHODS`.
 
-    With both off the model is stock LLaVA, bit for bit. `{}` is the paper's reported model. Raises ValueError for unknown keys and
-    for values that can't be.
+    With all of them off the model is stock LLaVA, bit for bit. `{}` is the paper's reported model. Raises ValueError for unknown keys
+    and for values that can't be.
     """
 
     model_type = "hyper_llava"
 
     visual_expert: dict | None = None
     language_expert: dict | None = None
+    adapter: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        for name, kind in (("visual_expert", VisualExpertConfig), ("language_expert", LanguageExpertConfig)):
+        kinds = (("visual_expert", VisualExpertConfig), ("language_expert", LanguageExpertConfig), ("adapter", AdapterConfig))
+        for name, kind in kinds:
             value = getattr(self, name)
             if value is not None:  # written out in full, so that a checkpoint does not depend on today's defaults
                 setattr(self, name, asdict(kind.read(dict(value), name)))
@@ -142,3 +147,8 @@ class HyperLlavaConfig(LlavaConfig):
     def language(self) -> LanguageExpertConfig | None:
         """`language_expert` as an object."""
         return None if self.language_expert is None else LanguageExpertConfig(**self.language_expert)
+
+    @property
+    def low_rank(self) -> AdapterConfig | None:
+        """`adapter` as an object."""
+        return None if self.adapter is None else AdapterConfig(**self.adapter)

@@ -108,13 +108,13 @@ def _stock(
     model: HyperLlavaForConditionalGeneration, processor: HyperLlavaProcessor, folder: Path
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     config = model.config
-    for name in ("visual_expert", "language_expert"):
+    for name, what in (("visual_expert", "generated for each sample"), ("language_expert", "generated for each sample"), ("adapter", "beside its own")):
         if getattr(config, name) is not None:
-            raise ValueError(f"{folder}: `{name}` is on, and stock LLaVA has no place for weights that are generated for each sample")
+            raise ValueError(f"{folder}: `{name}` is on, and stock LLaVA has no place for weights that are {what}")
     vision: Any = config.vision_config
     if not type(vision).__module__.startswith("transformers."):
         raise ValueError(f"{folder}: its vision tower is a {vision.model_type!r}, which stock transformers does not know")
-    left_out = ("visual_expert", "language_expert", "model_type", "architectures", "dtype", "transformers_version")
+    left_out = ("visual_expert", "language_expert", "adapter", "model_type", "architectures", "dtype", "transformers_version")
     stock_config = LlavaConfig(**{key: value for key, value in config.to_dict().items() if key not in left_out})
     stock_config.dtype = model.dtype
     stock = _filled(LlavaForConditionalGeneration, stock_config, model.state_dict(), folder)

@@ -257,7 +257,7 @@ def _sha256(tensor: Tensor) -> str:
 
 def _card(name: str, origin: dict, facts: dict, stored: dict[str, Tensor], model: HyperLlavaForConditionalGeneration, licence: str) -> str:
     parts = {part: value.get("name", value.get("folder")) for part, value in origin["base"].items()}
-    experts = {part: getattr(model.config, part) for part in ("visual_expert", "language_expert")}
+    experts = {part: getattr(model.config, part) for part in ("visual_expert", "language_expert", "adapter")}
     lines = [f"- {part}: {'off' if value is None else value}" for part, value in experts.items()]
     return "\n".join(
         [

@@ -18,11 +18,12 @@ from .delta import BASE, TENSORS, is_delta
 from .original import LORA_REST, PROJECTOR, variant_of
 from .weights import headers, weight_files
 
-_EXPERTS = ("visual_expert", "language_expert")
+_EXPERTS = ("visual_expert", "language_expert", "adapter")
 _TRAINABLE = "trainable.safetensors"  # what a checkpoint of a LoRA run holds instead of a whole model
 _PARTS = (  # the first that occurs in a tensor's name, in any of the layouts
     ("visual expert", "visual_expert"),
     ("language expert", "language_expert"),
+    ("adapter", ".adapter."),
     ("projector", "projector"),
     ("vision tower", "vision_tower"),
     ("language model", ""),
@@ -95,7 +96,7 @@ def _checkpoint(path: Path) -> Finding | None:
         return None
     facts = [f"step {read_json(path / 'state.json').get('step', '?')}"]
     if (path / _TRAINABLE).is_file():
-        facts.append("only what is trained (LoRA over a base that the recipe names)")
+        facts.append("only what is trained (adapters over a base that the recipe names)")
         parts, command = count_parts([path / _TRAINABLE]), "go on with its run: python train/train.py RUN/recipe.yaml"
     else:
         parts, command = count_parts(weight_files(path)), f'llava-collab ask {path} "..." (or go on with its run)'

@@ -10,6 +10,7 @@ In training a row may hold several samples (`segment_ids`), which then see nothi
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -29,6 +30,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from ..adapters.install import install_adapters
+from ..adapters.layer import LowRankExperts
+from ..adapters.routing import RoutingContext, checkpoint_context, current
 from .configuration import HyperLlavaConfig
 from .experts import ExpertContext, HyperLlavaProjector, check_expert_weights, install_experts, prompt_mask
 from .hypernetwork import ExpertWeights, HyperNetwork
@@ -37,16 +41,20 @@ from .packing import Segments, read_segments, segment_starts, unpackable
 
 @dataclass
 class HyperLlavaModelOutputWithPast(LlavaModelOutputWithPast):
-    """LLaVA's output plus `expert_weights`, the language expert's weights of this call (None when it is off)."""
+    """LLaVA's output plus `expert_weights`, the language expert's weights of this call (None when it is off), and `balance_loss`, the
+    adapter's (None where it has none)."""
 
     expert_weights: tuple[Tensor, Tensor] | None = None
+    balance_loss: Tensor | None = None
 
 
 @dataclass
 class HyperLlavaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
-    """LLaVA's output plus `expert_weights`, the language expert's weights of this call (None when it is off)."""
+    """LLaVA's output plus `expert_weights`, the language expert's weights of this call (None when it is off), and `balance_loss`, the
+    adapter's (None where it has none)."""
 
     expert_weights: tuple[Tensor, Tensor] | None = None
+    balance_loss: Tensor | None = None
 
 
 class _HyperLlava:
@@ -61,6 +69,22 @@ class _HyperLlava:
             module.reset_parameters()
         else:
             super()._init_weights(module)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def initialize_weights(self) -> None:
+        """transformers', and then the low-rank experts: it asks the decoder to initialise what is in the decoder, which knows none."""
+        super().initialize_weights()  # pyright: ignore[reportAttributeAccessIssue]
+        for module in self.modules():  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(module, LowRankExperts):
+                module.reset_parameters()  # of what was read from a file nothing is changed
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """transformers'; where the adapter asks for a `RoutingContext`, the backward pass finds it again."""
+        if self.config.low_rank is not None and self.config.low_rank.needs_context:
+            gradient_checkpointing_kwargs = (gradient_checkpointing_kwargs or {}) | {
+                "use_reentrant": False,
+                "context_fn": checkpoint_context,
+            }
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class HyperLlavaModel(_HyperLlava, LlavaModel):
@@ -77,6 +101,8 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
             width, blocks = config.get_text_config().hidden_size, settings.blocks(config.get_text_config().num_hidden_layers)
             self.language_expert = HyperNetwork(width, width, width, len(blocks), settings)
             install_experts(self.language_model, blocks, settings.guidance_layer)
+        if config.low_rank is not None:
+            install_adapters(self, config.low_rank)
         self.post_init()
 
     @can_return_tuple
@@ -118,11 +144,11 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
             shape_BT = _tokens(input_ids, inputs_embeds).shape[:2]
             segments = self._packed(read_segments(segment_ids, shape_BT, attention_mask, position_ids), kwargs)
             attention_mask, position_ids = None, segments.position_BT
-        context = self._expert_context(
-            input_ids, inputs_embeds, attention_mask, past_key_values, guidance_mask, expert_weights, segments, labels
-        )
+        call = _Call(_tokens(input_ids, inputs_embeds), attention_mask, guidance_mask, labels, segments, past_key_values)
+        context = self._expert_context(call, expert_weights)
         if context is not None:
             kwargs["expert_context"] = context
+        routing = self._routing_context(call)
         if image_features is not None:
             if pixel_values is not None:
                 raise ValueError("pass `pixel_values` or `image_features`, not both")
@@ -142,39 +168,41 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
             image_sizes=image_sizes,
             return_dict=True,
         )
-        outputs: Any = super().forward(**stock, **kwargs)
-        return HyperLlavaModelOutputWithPast(**outputs, expert_weights=context.generated.weights if context and context.generated else None)
+        with routing as opened:
+            outputs: Any = super().forward(**stock, **kwargs)
+        return HyperLlavaModelOutputWithPast(
+            **outputs,
+            expert_weights=context.generated.weights if context and context.generated else None,
+            balance_loss=opened.balance_loss() if opened is not None else None,
+        )
 
-    def _expert_context(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-        guidance_mask: Tensor | None,
-        expert_weights: tuple[Tensor, Tensor] | None,
-        segments: Segments | None,
-        labels: Tensor | None,
-    ) -> ExpertContext | None:
+    def _expert_context(self, call: _Call, expert_weights: tuple[Tensor, Tensor] | None) -> ExpertContext | None:
         if self.language_expert is None:
             return None
-        tokens = _tokens(input_ids, inputs_embeds)
-        shape = tokens.shape[:2]
-        if segments is not None:  # what is asked of a row below is asked of a segment
-            shape = torch.Size((segments.count, segments.longest))
-            attention_mask = segments.spread(segments.ids_BT > 0)
-            guidance_mask = segments.spread(guidance_mask) if guidance_mask is not None else None
-            labels = segments.spread(labels, -100) if labels is not None else None
         if expert_weights is not None:
-            weights = check_expert_weights(ExpertWeights(*expert_weights), shape[0])
-            return ExpertContext(self.language_expert, None, weights, segments)
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            weights = check_expert_weights(ExpertWeights(*expert_weights), call.samples)
+            return ExpertContext(self.language_expert, None, weights, call.segments)
+        if call.cached:
             raise ValueError(
                 "a filled key-value cache was passed without the `expert_weights` of the call that filled it: its states were made with "
                 "weights that this call can't know. Pass the `expert_weights` of that call's output, or prefill the whole prompt again"
             )
-        mask_BT = prompt_mask(guidance_mask, attention_mask, labels, shape, tokens.device)
-        return ExpertContext(self.language_expert, mask_BT, None, segments)
+        return ExpertContext(self.language_expert, call.prompt(), None, call.segments)
+
+    def _routing_context(self, call: _Call) -> AbstractContextManager[RoutingContext | None]:
+        """What the adapter must know of a call, unless it needs nothing or a caller (a generation, a chat) holds one open."""
+        adapter, held = self.config.low_rank, current()
+        if adapter is None or not adapter.needs_context or held is not None:
+            return nullcontext(held)
+        if call.cached:
+            raise ValueError(
+                "a filled key-value cache was passed outside the RoutingContext of the call that filled it, and the adapter's experts are "
+                "routed by sample: keep both calls inside one `with RoutingContext(...)`, as `generate` does, or prefill the prompt again"
+            )
+        if call.segments is None:
+            mask = call.attention_mask
+            return RoutingContext(mask if mask is not None and mask.dim() == 2 else None, call.prompt())
+        return RoutingContext(call.segments.ids_BT > 0, call.segments.join(call.prompt()), call.segments.samples())
 
     def _packed(self, segments: Segments, kwargs: dict[str, Any]) -> Segments:
         """`segments`, with what the decoder needs beside positions added to its keyword arguments."""
@@ -287,6 +315,9 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
             if labels is not None:
                 size = self.config.get_text_config().vocab_size
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, num_items_in_batch=num_items_in_batch)
+        if loss is not None and outputs.balance_loss is not None:  # weighed by tokens, so that a step's micro-batches add up to one mean
+            own = (labels[:, 1:] != -100).sum()
+            loss = loss + outputs.balance_loss * (1 if num_items_in_batch is None else own / num_items_in_batch)
         return HyperLlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -295,6 +326,7 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             expert_weights=outputs.expert_weights,
+            balance_loss=outputs.balance_loss,
         )
 
     def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any) -> Any:
@@ -306,7 +338,9 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
             mask = kwargs.get("attention_mask")
             if kwargs.get("guidance_mask") is None and mask is not None and mask.dim() == 2:
                 kwargs["guidance_mask"] = mask.bool()  # now, because a static cache turns the attention mask into a 4-D one
-        return super().generate(inputs, generation_config, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        adapter = self.config.low_rank
+        with RoutingContext(*_masks(kwargs)) if adapter is not None and adapter.needs_context and current() is None else nullcontext():
+            return super().generate(inputs, generation_config, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def merge(self) -> NoReturn:
         """Always raises NotImplementedError: generated experts can't be folded into the static weights, as LoRA's can."""
@@ -356,6 +390,44 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
         expand = super()._expand_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]
         input_ids, kwargs = expand(expand_size=expand_size, input_ids=input_ids, **kwargs)
         return input_ids, kwargs | images
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call says of its positions."""
+
+    tokens: Tensor
+    attention_mask: Tensor | None
+    guidance_mask: Tensor | None
+    labels: Tensor | None
+    segments: Segments | None
+    cache: Cache | None
+
+    @property
+    def cached(self) -> bool:
+        return self.cache is not None and self.cache.get_seq_length() > 0
+
+    @property
+    def samples(self) -> int:
+        return self.tokens.shape[0] if self.segments is None else self.segments.count
+
+    def prompt(self) -> Tensor:
+        """bool [B, T], or [S, L] of packed rows: the positions of the first turn's prompt (see `prompt_mask`)."""
+        shape, mask, guidance, labels = self.tokens.shape[:2], self.attention_mask, self.guidance_mask, self.labels
+        if self.segments is not None:  # what is asked of a row is asked of a segment
+            shape = torch.Size((self.segments.count, self.segments.longest))
+            mask = self.segments.spread(self.segments.ids_BT > 0)
+            guidance = self.segments.spread(guidance) if guidance is not None else None
+            labels = self.segments.spread(labels, -100) if labels is not None else None
+        return prompt_mask(guidance, mask, labels, shape, self.tokens.device)
+
+
+def _masks(kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """What `generate` was told: real positions, and the prompt among them."""
+    mask = kwargs.get("attention_mask")
+    attended = mask if mask is not None and mask.dim() == 2 else None
+    guidance = kwargs.get("guidance_mask")
+    return attended, attended if guidance is None else guidance
 
 
 def _tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

@@ -52,6 +52,11 @@ class Segments:
         out = out.index_copy(0, self.token_N, x_SLx.flatten(0, 1).index_select(0, self.place_N))
         return out.unflatten(0, tuple(self.ids_BT.shape))
 
+    def samples(self) -> Tensor:
+        """int64 [B, T]: which segment of all rows each position is of, from 0 (0 too for padding)."""
+        empty = torch.zeros(self.ids_BT.numel(), dtype=torch.int64, device=self.ids_BT.device)
+        return empty.index_copy(0, self.token_N, self.place_N // self.longest).view_as(self.ids_BT)
+
     def boundaries(self) -> dict[str, Any]:
         """What flash kernels take: where each segment, or run of padding, starts in the flattened [B, T], and the longest of them."""
         starts_BT = self.ids_BT != F.pad(self.ids_BT, (1, 0), value=-1)[:, :-1]

@@ -20,7 +20,7 @@ PREFIXES = (
     ("llm", "model.language_model."),
     ("llm", "lm_head."),
 )
-COMPONENTS = ("vision_tower", "projector", "visual_expert", "llm", "language_expert")
+COMPONENTS = ("vision_tower", "projector", "visual_expert", "llm", "language_expert", "adapter")
 EXPERTS = frozenset({"visual_expert", "language_expert"})
 IMAGE_ONLY = frozenset({"vision_tower", "projector", "visual_expert"})
 """Parts that learn only from batches with images."""
@@ -30,6 +30,8 @@ Named = dict[str, nn.Parameter]
 
 def component_of(name: str) -> str:
     """The part that a parameter belongs to, by its name; a name of no known part is an error (it would be trained or frozen unseen)."""
+    if ".adapter." in name:  # wherever it stands
+        return "adapter"
     for component, prefix in PREFIXES:
         if name.startswith(prefix):
             return component
@@ -50,6 +52,7 @@ def choose_trainable(model: nn.Module, tune: TuneRecipe) -> Named:
         "projector": tune.projector != "frozen",
         "visual_expert": tune.visual_expert,
         "language_expert": tune.language_expert,
+        "adapter": tune.adapter,
         "vision_tower": tune.unfreeze_vision_tower,
         "llm": tune.llm != "frozen",
     }

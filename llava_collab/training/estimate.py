@@ -285,6 +285,9 @@ class _Trace:
         self.generated_bytes += sum(storage.nbytes() for storage in storages)
 
 
+_HOSTS = ("vision_tower", "multi_modal_projector", "language_model")
+
+
 def _by_part(flops: FlopCounterMode) -> dict[str, int]:
     """Forward FLOPs of the whole micro-batch by component.
 
@@ -295,13 +298,16 @@ def _by_part(flops: FlopCounterMode) -> dict[str, int]:
     applied = sum(_own(name, counts) for name in blocks)
     generator = counts.get("model.language_expert", 0)  # called by the first block that needs it, so inside the language model
     projector = counts.get("model.multi_modal_projector", 0)
+    adapters = {name: count for name, count in counts.items() if name.endswith(".adapter")}
+    beside = {part: sum(count for name, count in adapters.items() if name.startswith(f"model.{part}")) for part in _HOSTS}
     static = sum(counts.get(f"model.multi_modal_projector.linear_{n}", 0) for n in (1, 2))
     return {
-        "vision_tower": counts.get("model.vision_tower", 0),
-        "projector": static,
+        "vision_tower": counts.get("model.vision_tower", 0) - beside["vision_tower"],
+        "projector": static - beside["multi_modal_projector"],
         "visual_expert": projector - static,
-        "llm": counts.get("model.language_model", 0) + counts.get("lm_head", 0) - applied - generator,
+        "llm": counts.get("model.language_model", 0) + counts.get("lm_head", 0) - applied - generator - beside["language_model"],
         "language_expert": applied + generator,
+        "adapter": sum(adapters.values()),
     }
 
 

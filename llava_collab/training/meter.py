@@ -90,7 +90,7 @@ def costs(model: nn.Module, cached: bool) -> dict[str, float]:
         packed = 2 if type(parameter).__name__ == "Params4bit" else 1  # weights a byte
         cost = (4 + 2 * parameter.requires_grad) * packed * parameter.numel()
         match component_of(name):
-            case "llm":
+            case "llm" | "adapter":
                 found["positions"] += cost
             case "projector":
                 found["images"] += cost * patches

@@ -109,14 +109,16 @@ class Student:
     processor: Any
     trainable: Named
     tuner: LoraModel | None
+    light: bool
+    """Checkpoints hold what is trained alone, a small part: the rest can be built again."""
 
     def gather(self, engine: DataParallel) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds of the weights, on the main process ({} elsewhere): all; with adapters those that are trained."""
-        return engine.gather(trained_only=self.tuner is not None)
+        """What a checkpoint holds of the weights, on the main process ({} elsewhere): all; or of a light one those that are trained."""
+        return engine.gather(trained_only=self.light)
 
     def write(self, folder: Path, engine: DataParallel, tensors: dict[str, torch.Tensor]) -> None:
-        """Gathered weights for a checkpoint: a loadable model folder; with adapters the trained ones only (the base can be built again)."""
-        if self.tuner is None:
+        """Gathered weights for a checkpoint: a loadable model folder; of a light one the trained ones only."""
+        if not self.light:
             engine.whole(tensors).save_pretrained(folder)
         else:
             save_file(tensors, folder / TRAINABLE)
@@ -125,19 +127,21 @@ class Student:
 
 def open_student(recipe: Recipe, checkpoint: Path | None, device: torch.device) -> Student:
     """Build the recipe's model, or take a checkpoint's weights; freeze what the recipe freezes. An engine puts it on the device."""
-    adapters = bool(recipe.tune.adapted)
     if recipe.tune.llm == "lora4bit":
         require_4bit()
     from_shards = checkpoint is not None and (checkpoint / SHARDS).is_dir()  # the engine fills them in
-    if checkpoint is None or adapters or from_shards:
+    from_light = checkpoint is not None and (checkpoint / TRAINABLE).is_file()
+    if checkpoint is None or from_light or from_shards:
         model, processor = build(recipe.model, seed=recipe.run.seed)
     else:
         model, processor = load(checkpoint, dtype=torch.float32)
     if recipe.tune.llm == "lora4bit":
+        if model.config.adapter is not None:
+            raise RecipeError("tune.llm: lora4bit quantises plain linear layers, and model.adapter has changed them; use tune.llm: frozen.")
         quantise(model, device)
-    tuner = add_adapters(model, recipe.tune) if adapters else None
+    tuner = add_adapters(model, recipe.tune) if recipe.tune.adapted else None
     trainable = choose_trainable(model, recipe.tune)
-    if adapters and checkpoint is not None and not from_shards:
+    if from_light and checkpoint is not None:
         load_trainable(trainable, load_file(checkpoint / TRAINABLE))
     if recipe.run.precision == "bf16":
         cast_frozen(model, torch.bfloat16)
@@ -148,7 +152,8 @@ def open_student(recipe: Recipe, checkpoint: Path | None, device: torch.device) 
             block.compile(dynamic=True)
     model.train()
     model.get_submodule("model.vision_tower").eval()  # its batch statistics, where it has any, are never those of a step
-    return Student(model, processor, trainable, tuner)
+    light = tuner is not None or (model.config.adapter is not None and recipe.tune.llm == "frozen")
+    return Student(model, processor, trainable, tuner, light)
 
 
 @torch.no_grad()
@@ -161,14 +166,16 @@ def load_trainable(trainable: Named, tensors: dict[str, torch.Tensor]) -> None:
         parameter.copy_(tensors[name])
 
 
-def merged(recipe: Recipe, tensors: dict[str, torch.Tensor]) -> tuple[nn.Module, dict[str, LoraFactors]]:
-    """The fp32 model that the trained weights of a run with adapters stand for, and the factors that were merged into it.
+def rebuilt(recipe: Recipe, tensors: dict[str, torch.Tensor]) -> tuple[nn.Module, dict[str, LoraFactors]]:
+    """The fp32 model that the trained weights of a light run stand for, and the LoRA factors that were merged into it.
 
     Factors are first rounded to the run's precision, that of the model folder, so that a delta in that precision holds the same model.
     """
     model, _ = build(recipe.model, seed=recipe.run.seed)
-    tuner = add_adapters(model, recipe.tune)
+    tuner = add_adapters(model, recipe.tune) if recipe.tune.adapted else None
     load_trainable(choose_trainable(model, recipe.tune), tensors)
+    if tuner is None:
+        return model, {}
     dtype = torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
@@ -180,10 +187,10 @@ def merged(recipe: Recipe, tensors: dict[str, torch.Tensor]) -> tuple[nn.Module,
 def finish(recipe: Recipe, student: Student, engine: DataParallel, tensors: dict[str, torch.Tensor], step: int) -> Path:
     """Write `<run>/model`, a plain model folder of the gathered weights in the run's precision (experts fp32); mark the run finished.
 
-    Adapters are merged into the recipe's base built anew, so that a frozen base stored in fewer bits leaves no trace.
+    What a light run trained is put into the recipe's base built anew (LoRA is merged), so that a base in fewer bits leaves no trace.
     """
     run = Path(recipe.run.out)
-    model: nn.Module = engine.whole(tensors) if student.tuner is None else merged(recipe, tensors)[0]
+    model: nn.Module = rebuilt(recipe, tensors)[0] if student.light else engine.whole(tensors)
     if recipe.run.precision == "bf16":
         for name, tensor in [*model.named_parameters(), *model.get_submodule("model.vision_tower").named_buffers("model.vision_tower")]:
             if tensor.is_floating_point() and component_of(name) not in EXPERTS:  # batch statistics too: cast_frozen trained with such
@@ -211,6 +218,6 @@ def store_delta(run: Path, folder: Path, base: Path | None = None, licence: str 
     factors = None
     if recipe.tune.adapted:
         last = run / "checkpoints" / f"step-{read_json(run / 'finished.json')['step']}" / TRAINABLE
-        factors = merged(recipe, load_file(last if last.is_file() else run / TRAINABLE))[1]
+        factors = rebuilt(recipe, load_file(last if last.is_file() else run / TRAINABLE))[1]
     model, processor = load(run / "model")
     return save_delta(model, processor, folder, base or recipe.model, seed=recipe.run.seed, lora=factors, licence=licence)

@@ -75,7 +75,7 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class LoraRecipe:
-    """Low-rank adapters (used where tune.llm is lora or lora4bit, or tune.projector is lora); LLaVA's finetune_lora.sh values."""
+    """peft's LoRA, merged at the end (where tune.llm is lora or lora4bit, or tune.projector is lora); LLaVA's finetune_lora.sh values."""
 
     r: int = 128
     """Rank."""
@@ -102,6 +102,8 @@ class TuneRecipe:
     """Train the hypernetwork of the visual expert."""
     language_expert: bool = True
     """Train the hypernetwork of the language expert."""
+    adapter: bool = True
+    """Train the model's own low-rank experts (model.adapter), which stay beside the weights; at optim.lr."""
     llm: Literal["full", "lora", "lora4bit", "frozen"] = "full"
     """How the language model learns: all weights, adapters, adapters on a 4-bit base (CUDA and bitsandbytes), or not."""
     lora: LoraRecipe = field(default_factory=LoraRecipe)
