@@ -4,6 +4,7 @@ import signal
 
 import llava_collab  # noqa: F401
 
-# A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that; tests send it to themselves and to them.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# What a shell starts in the background ignores Ctrl-C, under nohup hang-ups too, and children inherit that; tests send both.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
