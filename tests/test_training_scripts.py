@@ -63,8 +63,13 @@ def stage(tmp_path: Path) -> Iterator[dict[str, str]]:
 def _start(*command: str, **variables: str) -> subprocess.Popen[str]:
     call = [str(ROOT / "scripts" / command[0]), *command[1:]]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.PIPE}
-    heard = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # noqa: E731 - a shell can't trap what it inherits as ignored (nohup)
-    return subprocess.Popen(call, env=os.environ | variables, text=True, cwd=ROOT, preexec_fn=heard, **pipes)
+    return subprocess.Popen(call, env=os.environ | variables, text=True, cwd=ROOT, preexec_fn=_background, **pipes)
+
+
+def _background() -> None:
+    """A shell can't trap what it inherits as ignored: hang-ups under nohup (not meant here), SIGQUIT in a script's background (meant)."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGQUIT, signal.SIG_IGN)
 
 
 def _run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:

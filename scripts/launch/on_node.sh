@@ -80,7 +80,7 @@ stop() { # NUMBER of the signal
 listen() { # to the lifeline
   local word
   while read -r word; do
-    if [ "$word" = end ]; then kill -QUIT $$; else kill -TERM $$; fi
+    if [ "$word" = end ]; then kill -USR2 $$; else kill -TERM $$; fi
   done
   kill -TERM $$
 }
@@ -138,7 +138,7 @@ main() { # a function, which bash reads whole: an edit of this file does not rea
   trap 'stop 2' INT
   trap 'stop 10' USR1
   trap 'stop 15' TERM
-  trap end_all QUIT
+  trap end_all USR2
   start_agent
   if [ -n "${LIFELINE:-}" ]; then
     listen <&0 >/dev/null &
