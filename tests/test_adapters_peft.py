@@ -18,7 +18,13 @@ IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(3))
 def base() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -64,7 +70,9 @@ def test_trained_saved_loaded_switched(method: str, tmp_path: Path) -> None:
     assert torch.equal(logits(plain), expected)
 
 
-@pytest.mark.parametrize("settings", [{"method": "lora"}, {"method": "teamlora", "routing": "uniform"}, {"method": "hydralora", "routing": "uniform"}])
+@pytest.mark.parametrize(
+    "settings", [{"method": "lora"}, {"method": "teamlora", "routing": "uniform"}, {"method": "hydralora", "routing": "uniform"}]
+)
 def test_what_is_one_matrix_is_merged_and_exported(settings: dict, tmp_path: Path) -> None:
     model = adapted(**settings)
     expected = logits(model)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from toy import BOTH, PATCHES, pad_batch, pixels, prompt, toy_config, toy_model
 
-from llava_collab.adapters import METHODS, LowRankExperts, RoutingContext
+from llava_collab.adapters import METHODS, LowRankExperts
 from llava_collab.chat import Chat
 from llava_collab.models import HyperLlavaForConditionalGeneration
 from llava_collab.models.build import ModelSpec, build, load
@@ -110,7 +110,11 @@ def test_a_batch_equals_its_samples(routing: str, options: dict) -> None:
     inputs, rows = batch(model)
     together = generated(model, inputs, **options)
     for number, row in enumerate(rows):
-        alone = {"input_ids": row[None], "attention_mask": torch.ones_like(row[None]), "pixel_values": inputs["pixel_values"][number : number + 1]}
+        alone = {
+            "input_ids": row[None],
+            "attention_mask": torch.ones_like(row[None]),
+            "pixel_values": inputs["pixel_values"][number : number + 1],
+        }
         assert torch.equal(generated(model, alone, **options)[0], together[number])
 
 
@@ -201,7 +205,11 @@ def test_a_chat_keeps_the_first_turns_routing() -> None:
     encoded = processor.encode_text(turns, n_images=0, add_generation_prompt=True)
     ids = torch.tensor([encoded.input_ids])
     out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), guidance_mask=torch.tensor([encoded.guidance_mask]), max_new_tokens=5, do_sample=False
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        guidance_mask=torch.tensor([encoded.guidance_mask]),
+        max_new_tokens=5,
+        do_sample=False,
     )
     assert processor.decode_answers(out[:, ids.shape[1] :], [5])[0][0] == second
 

@@ -44,7 +44,7 @@ def test_parts_are_counted_and_run_folders_seen(tmp_path: Path) -> None:
     (step / "state.json").write_text('{"step": 7}')
     save_file({"model.language_model.layers.0.x.lora_A.default.weight": torch.zeros(2, 3)}, step / "trainable.safetensors")
     found = inspect(step)
-    assert "checkpoint of a training run" in found.kind and found.parts[0].parameters == 6 and "LoRA" in found.text()
+    assert "checkpoint of a training run" in found.kind and found.parts[0].parameters == 6 and "adapters over a base" in found.text()
 
 
 def test_bases_adapters_and_what_is_unknown(tmp_path: Path) -> None:

@@ -21,12 +21,15 @@ STEPS, HALF = 20, 10
 SIZES, PACKED = (1, 4, 8), {"": (), "-packed": ("--data.packing", "on")}
 RUN = ("--run.steps", str(STEPS), "--run.save-every", str(HALF), "--run.no-save-first")
 
+ADAPTER = json.dumps({"method": "teamlora", "experts": 2, "rank": 2, "dropout": 0.0, "routing": "token"})
 VARIANTS = {  # what else a recipe may ask for; every engine has to do what ddp does
     "lora": ("--tune.llm", "lora", "--tune.lora.dropout", "0"),
     "checkpointing": ("--run.gradient-checkpointing",),
     "cache": ("--data.feature-cache",),
     "tower": ("--tune.unfreeze-vision-tower",),
     "blind": ("--data.blind",),
+    "adapter": ("--model.adapter", ADAPTER, "--tune.llm", "frozen"),
+    "adapter-by-sample": ("--model.adapter", ADAPTER.replace("token", "sample"), "--tune.llm", "frozen", "--run.gradient-checkpointing"),
 }
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -247,7 +247,9 @@ def test_rows_of_one_name_are_one_run() -> None:
             same = ROWS[row.name]
             assert (row.overrides, row.also) == (same.overrides, same.also)
     shared = [
-        dict(zip(t.columns, t.row("hyperllava").numbers or (), strict=True)) for t in TABLES.values() if t.columns and t.name != "peft"
+        dict(zip(t.columns, t.row("hyperllava").numbers or (), strict=True))
+        for t in TABLES.values()
+        if "GQA" in t.columns and t.name != "peft"
     ]
     assert len(shared) == 4 and all((n["GQA"], n["POPE"], n["MME"]) == (62.7, 86.3, 1481.2) for n in shared)
 
@@ -283,6 +285,20 @@ def test_matched_lora_has_as_many_parameters_as_the_experts() -> None:
     assert sizes[0] == pytest.approx(sizes[1], rel=0.003), sizes
     with pytest.raises(RecipeError, match="matched-lora can't be run on smol-instruct: .*nothing to match"):
         ROWS["matched-lora"].flags(RECIPES / "smol-instruct.yaml")
+
+
+def test_adapters_are_compared_at_one_size() -> None:
+    base, earlier, sizes = RECIPES / "smol-adapters.yaml", earlier_stages(RECIPES), {}
+    for row in (*TABLES["adapters"].rows, *TABLES["adapter-controls"].rows):
+        chosen = parse_command([str(base), *row.flags(base)], "")
+        parts = count(student(chosen, earlier), chosen)
+        assert {name for name, part in parts.items() if part.trainable} <= {"adapter", "visual_expert", "language_expert"}
+        sizes[row.name] = sum(part.trainable for part in parts.values())
+    assert sizes.pop("lora-r") * 4 == sizes["lora-kr"]
+    assert sizes.pop("teamlora-experts") == sizes["teamlora"] + sizes["experts-alone"]
+    assert sizes.pop("hydralora") < sizes["moelora"]
+    for name, size in sizes.items():
+        assert size == pytest.approx(sizes["teamlora"], rel=0.03), name
 
 
 @pytest.mark.slow

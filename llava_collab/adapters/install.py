@@ -39,8 +39,10 @@ def install_adapters(module: nn.Module, config: AdapterConfig) -> list[str]:
     missed = [] if isinstance(config.target, str) else sorted(set(config.target) - leaves)
     if missed or not chosen:
         there = sorted({name.rpartition(".")[2] for name, _ in linears})
-        raise ValueError(f"adapter.target {missed or config.target!r} is no linear layer there; linear layers are called {', '.join(there)}")
+        raise ValueError(
+            f"adapter.target {missed or config.target!r} is no linear layer there; linear layers are called {', '.join(there)}"
+        )
     for _, linear in chosen:
-        linear.__class__ = _adapted(type(linear))
+        linear.__class__ = _adapted(type(linear))  # pyright: ignore[reportAttributeAccessIssue]
         linear.adapter = LowRankExperts(linear.in_features, linear.out_features, config)
     return [name for name, _ in chosen]

@@ -136,7 +136,9 @@ class AdapterConfig(LowRankConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.target or not (isinstance(self.target, str) or all(isinstance(name, str) for name in self.target)):
-            raise ValueError(f"adapter: target must name linear layers, such as [gate_proj], or be a regular expression, not {self.target!r}")
+            raise ValueError(
+                f"adapter: target must name linear layers, such as [gate_proj], or be a regular expression, not {self.target!r}"
+            )
 
 
 class LowRankExperts(nn.Module):
@@ -213,19 +215,19 @@ class LowRankExperts(nn.Module):
         return w_xK
 
     def _interact(self, phi_xK: Tensor) -> Tensor:
-        config, u_xK = self.config, phi_xK
-        if self.interaction is not None:
-            m_KK = self.interaction.float()
-            if config.interaction == "bounded":
-                m_KK = m_KK.tanh() * (1 - torch.eye(config.experts, device=m_KK.device))
-                u_xK = (phi_xK + phi_xK @ m_KK).clamp(min=EPSILON)
-            else:
-                u_xK = phi_xK + phi_xK @ m_KK
-            if config.normalise:
-                sum_x1 = u_xK.sum(-1, keepdim=True)
-                sound_x1 = (sum_x1 > EPSILON) & sum_x1.isfinite()
-                u_xK = torch.where(sound_x1, u_xK / torch.where(sound_x1, sum_x1, 1.0), phi_xK)
-        return u_xK * config.experts if config.scale_by_k else u_xK
+        config, times = self.config, self.config.experts if self.config.scale_by_k else 1
+        if self.interaction is None:
+            return phi_xK * times
+        one_KK = torch.eye(config.experts, dtype=torch.bool, device=phi_xK.device)
+        if config.interaction == "bounded":
+            u_xK = (phi_xK @ self.interaction.float().tanh().masked_fill(one_KK, 1.0)).clamp(min=EPSILON)
+            return u_xK * (times / u_xK.sum(-1, keepdim=True)) if config.normalise else u_xK * times
+        u_xK = phi_xK @ (self.interaction.float() + one_KK)
+        if config.normalise:
+            sum_x1 = u_xK.sum(-1, keepdim=True)
+            sound_x1 = (sum_x1 > EPSILON) & sum_x1.isfinite()
+            u_xK = torch.where(sound_x1, u_xK / torch.where(sound_x1, sum_x1, 1.0), phi_xK)
+        return u_xK * times
 
     def balance_loss(self, w_xK: Tensor, counts_x: Tensor) -> Tensor:
         """Mean over experts of (mean weight over counted positions - balanced weight)^2; 0 where all experts do as much."""

@@ -1,4 +1,4 @@
-"""The low-rank experts as a peft method, so that any peft user has them in a script of their own: `get_peft_model(model, TeamLoraConfig(...))`.
+"""The low-rank experts as a peft method, for any peft user's own script: `get_peft_model(model, TeamLoraConfig(...))`.
 
 Importing this module registers the method; a process that loads such an adapter has to import it too. peft has no public way to add a name
 to its list of methods, so `_register` adds it to the enumeration (peft 0.21).
@@ -91,7 +91,7 @@ class TeamLoraLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the update to the base layer's weight. Raises ValueError for routed experts, which can't be merged, before anything changes."""
+        """Add the update to the base layer's weight. Raises ValueError, before anything changes, for routed experts."""
         names = [name for name in adapter_names or self.active_adapters if name in self.teamlora_experts]
         updates = [self._update(name) for name in names if name not in self.merged_adapters]
         weight: Any = self.get_base_layer().weight
@@ -109,7 +109,7 @@ class TeamLoraLayer(nn.Module, BaseTunerLayer):
             weight.data = (weight.data.float() - self._update(self.merged_adapters.pop())).to(weight.dtype)
 
     def _update(self, name: str) -> Tensor:
-        down, up = self.teamlora_experts[name].factors()
+        down, up = self.teamlora_experts[name].factors()  # pyright: ignore[reportCallIssue]
         return up.float() @ down.float()
 
 
@@ -119,7 +119,8 @@ class TeamLoraModel(BaseTuner):
     prefix = "teamlora_"
     tuner_layer_cls = TeamLoraLayer
     target_module_mapping = dict.fromkeys(  # pyright: ignore[reportAssignmentType]
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "llava", "hyper_llava"), ["gate_proj", "up_proj", "down_proj"]
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "llava", "hyper_llava"),
+        ["gate_proj", "up_proj", "down_proj"],
     )
 
     def _create_and_replace(

@@ -108,7 +108,8 @@ def _stock(
     model: HyperLlavaForConditionalGeneration, processor: HyperLlavaProcessor, folder: Path
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     config = model.config
-    for name, what in (("visual_expert", "generated for each sample"), ("language_expert", "generated for each sample"), ("adapter", "beside its own")):
+    generated = "generated for each sample"
+    for name, what in (("visual_expert", generated), ("language_expert", generated), ("adapter", "beside its own")):
         if getattr(config, name) is not None:
             raise ValueError(f"{folder}: `{name}` is on, and stock LLaVA has no place for weights that are {what}")
     vision: Any = config.vision_config

@@ -315,7 +315,8 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
             if labels is not None:
                 size = self.config.get_text_config().vocab_size
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, num_items_in_batch=num_items_in_batch)
-        if loss is not None and outputs.balance_loss is not None:  # weighed by tokens, so that a step's micro-batches add up to one mean
+        if loss is not None and labels is not None and outputs.balance_loss is not None:
+            # weighed by tokens, so that a step's micro-batches add up to one mean
             own = (labels[:, 1:] != -100).sum()
             loss = loss + outputs.balance_loss * (1 if num_items_in_batch is None else own / num_items_in_batch)
         return HyperLlavaCausalLMOutputWithPast(
