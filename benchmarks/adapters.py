@@ -222,7 +222,7 @@ def measure(args: Args, device: torch.device) -> tuple[list[dict[str, Any]], dic
     )
     torch.manual_seed(0)
     with torch.device(device):
-        base: Any = LlamaModel(config).to(dtype).requires_grad_(False)
+        base: Any = nn.Module.to(LlamaModel(config), dtype=dtype).requires_grad_(False)
     rows: list[dict[str, Any]] = []
     for place, k in enumerate(args.experts):
         built = variants(args, base, k, device)

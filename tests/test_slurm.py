@@ -45,7 +45,7 @@ def straight(slurm: Slurm, data: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("straight")
     job = slurm.submit(folder / "job.log", *command(data, folder / "run", 30))
     state = slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED")["JobState"]
-    assert state == "COMPLETED", (folder / "job.log").read_text()
+    assert state == "COMPLETED", (folder / "job.log").read_text(errors="replace")
     return folder
 
 
@@ -61,13 +61,13 @@ def test_when_its_time_is_up_a_job_saves_and_comes_back(slurm: Slurm, data: Path
     minutes = int(slurm.job(job)["RunTime"].split(":")[1]) + 2  # one to two from now: the signal comes within the next
     slurm.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
     wait_for("the job was put back", lambda: slurm.job(job)["Restarts"] == "1", 120)
-    told = log.read_text()
+    told = log.read_text(errors="replace")
     stopped = int(re.findall(r"stopped after step (\d+) of", told)[-1])
     assert "saving, then back into the queue" in told and (out / f"checkpoints/step-{stopped}").exists()
     wait_for("it goes on", lambda: step(out) > stopped + 3, 180)
     slurm.call("scancel", job)
     slurm.wait(job, "CANCELLED")
-    assert f"resuming from {out}/checkpoints/step-{stopped}" in log.read_text()
+    assert f"resuming from {out}/checkpoints/step-{stopped}" in log.read_text(errors="replace")
     assert [row["step"] for row in log_rows(out)] == list(range(1, step(out) + 1))
     wait_for("the job's processes are gone", lambda: not processes(SLURM_JOB_ID=job, SLURM_CONF=str(slurm.folder / "slurm.conf")), 30)
 
@@ -79,7 +79,7 @@ def test_a_killed_agent_costs_the_steps_since_the_last_save(slurm: Slurm, data: 
     (agent,) = agents(SLURM_JOB_ID=job, SLURM_NODEID="1", SLURM_CONF=str(slurm.folder / "slurm.conf"))
     os.kill(agent, signal.SIGKILL)
     state = slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED")["JobState"]
-    told = log.read_text()
+    told = log.read_text(errors="replace")
     assert state == "COMPLETED", told
     assert "starting all again (1 of 3)" in told and "resuming from" in told
     assert losses(out) == losses(straight / "run")
