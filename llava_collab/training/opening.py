@@ -110,7 +110,7 @@ class Student:
     trainable: Named
     tuner: LoraModel | None
     light: bool
-    """Checkpoints hold what is trained alone, a small part: the rest can be built again."""
+    """See `TuneRecipe.light`."""
 
     def gather(self, engine: DataParallel) -> dict[str, torch.Tensor]:
         """What a checkpoint holds of the weights, on the main process ({} elsewhere): all; or of a light one those that are trained."""
@@ -152,8 +152,7 @@ def open_student(recipe: Recipe, checkpoint: Path | None, device: torch.device) 
             block.compile(dynamic=True)
     model.train()
     model.get_submodule("model.vision_tower").eval()  # its batch statistics, where it has any, are never those of a step
-    light = tuner is not None or (model.config.adapter is not None and recipe.tune.llm == "frozen")
-    return Student(model, processor, trainable, tuner, light)
+    return Student(model, processor, trainable, tuner, recipe.tune.light(model.config.adapter is not None))
 
 
 @torch.no_grad()

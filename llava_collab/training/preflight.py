@@ -185,11 +185,12 @@ def room(recipe: Recipe, earlier: Mapping[str, ModelSpec] | None = None) -> tupl
     place = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     try:
-        parts = count(student(recipe, earlier), recipe).values()
+        named = count(student(recipe, earlier), recipe)
     except (ValueError, OSError) as error:  # a model that is not there yet
         return None, f"{_gib(free)} free for {run}; how much a checkpoint takes is not known yet ({str(error).splitlines()[0]})"
+    parts, light = named.values(), recipe.tune.light("adapter" in named)
     trained = sum(part.trainable for part in parts)
-    one = 8 * trained + (4 * trained if recipe.tune.adapted else sum(part.weight_bytes for part in parts))
+    one = 8 * trained + (4 * trained if light else sum(part.weight_bytes for part in parts))
     model = sum(part.parameters for part in parts) * (2 if recipe.run.precision == "bf16" else 4)
     there = sum(path.stat().st_size for path in run.rglob("*") if path.is_file() and not path.is_symlink()) if run.exists() else 0
     need = one * (recipe.run.keep_last + 1) + model

@@ -117,6 +117,10 @@ class TuneRecipe:
         ways = {"llm": self.llm, "projector": self.projector}
         return frozenset(part for part, way in ways.items() if way in ("lora", "lora4bit"))
 
+    def light(self, adapter: bool) -> bool:
+        """Whether checkpoints hold what is trained alone: the rest can be built again. adapter: the model has one."""
+        return bool(self.adapted) or (adapter and self.llm == "frozen")
+
 
 @dataclass(frozen=True)
 class OptimRecipe:
