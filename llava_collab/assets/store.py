@@ -110,7 +110,7 @@ def _verify(package: Package, path: Path) -> None:
 
 
 def _unpack(file: Path, folder: Path) -> None:
-    """Unpack a wheel, a zipped source package, an npm archive or a Debian package; members that point out of `folder` are refused or made relative."""
+    """Unpack a wheel, a zip, an npm archive or a Debian package; members that point out of `folder` are refused or made relative."""
     if file.suffix == ".deb":
         if shutil.which("dpkg-deb") is None:
             raise AssetError(f"{file}: dpkg-deb is needed to unpack it; install the package dpkg")

@@ -24,6 +24,7 @@ from llava_collab.cme.passages import MAIL_WORDS, PAIR_WORDS, POST_WORDS, SUBJEC
 from llava_collab.cme.tasks import TASKS
 from llava_collab.cmt.phrases import phrase
 from llava_collab.data.chance import rng_of
+from llava_collab.data.texts import TEXT_SETS
 from llava_collab.files import write_bytes, write_json, write_text
 
 EDITION = "1.0"  # raise it whenever a change alters any item
@@ -47,12 +48,12 @@ def build_cme(
     seed draws other items and wordings, and moves no text to another split. `unpacked(package)` gives the folder of a package.
     Raises ValueError for sizes that make no sense and for a text in two splits, AssetError for packages that hold something else.
     """
-    sizes = dict(zip(SPLITS, (train, decision, test), strict=True))
+    sizes: dict[str, int] = dict(zip(SPLITS, (train, decision, test), strict=True))
     if min(sizes.values()) < 1:
         raise ValueError(f"sizes must be positive, got {sizes}")
     sources = Sources(unpacked)
     jobs = [(split, task) for split in SPLITS for task in TASKS]
-    columns: dict[str, list[list[Row]]] = {split: [] for split in SPLITS}
+    columns: dict[str, list[list[Row]]] = {split: [] for split in sizes}
     for split, task in tqdm(jobs, desc="CME-open", unit="task"):
         columns[split].append(_task(sources, task, split, sizes[split], seed))
     rows = {split: _interleaved(found) for split, found in columns.items()}
@@ -133,7 +134,10 @@ def _manifest(out: Path, summary: dict[str, Any], sources: Sources, seed: int) -
             "key": KEY_WORDS,
         },
         "packages": {name: {"version": p.version, "sha256": p.sha256, "licence": p.licence} for name, p in made_from.items()},
-        "left_out": sources.left_out,
+        "sets": {
+            name: {"package": texts.package, "split_by": texts.split_by, "left_out": sources.left_out[name]}
+            for name, texts in TEXT_SETS.items()
+        },
         "splits": summary,
     }
     write_json(out / "manifest.json", manifest)

@@ -58,17 +58,11 @@ def labelled_texts(name: str, split: str, unpacked: Callable[[str], Path] = cach
     texts = TEXT_SETS[name]
     folder = unpacked(texts.package)
     try:
-        found = list(texts.read(folder, split))
+        return list(texts.read(folder, split))
     except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError, tarfile.TarError) as error:
-        raise AssetError(f"{name}, {split}: {_bad(texts.package, folder, f'{type(error).__name__}: {error}')}") from error
-    if not found:
-        raise AssetError(f"{name}, {split}: {_bad(texts.package, folder, 'no text was found')}")
-    return found
-
-
-def _bad(package: str, folder: Path, what: str) -> str:
-    cure = f"delete the folder and run `llava-collab assets --only {package}` for a fresh copy"
-    return f"{folder} is not what the package {package} should hold ({what}); {cure}"
+        cure = f"delete the folder and run `llava-collab assets --only {texts.package}` for a fresh copy"
+        what = f"{folder} is not what the package should hold ({type(error).__name__}: {error})"
+        raise AssetError(f"{name}, {split}: {what}; {cure}") from error
 
 
 def _tab(stem: str, folder: Path, split: str) -> Iterator[Labelled]:
@@ -98,7 +92,10 @@ def _hard_ham(folder: Path, split: str) -> Iterator[Labelled]:
 
 def _batch(folder: Path, batch: str) -> Iterator[tuple[str, str]]:
     """(file name, "subject\\nbody") of the mails of a batch that can be read as English text."""
-    for path in sorted((folder / "data" / batch).glob("*.json")):
+    paths = sorted((folder / "data" / batch).glob("*.json"))
+    if not paths:
+        raise ValueError(f"batch {batch} holds no mail")
+    for path in paths:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))["text"]
         except (ValueError, KeyError) as error:
