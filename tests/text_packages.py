@@ -67,6 +67,8 @@ def _mails(folder: Path) -> None:
     for batch, many in (("easy-ham-1", 60), ("easy-ham-2", 30), ("hard-ham-1", 50), ("spam-1", 60), ("spam-2", 30)):
         for i in range(many):
             write(folder / batch / f"{i:05d}.aa.json", mail(f"Re: [list] about {batch} {i}", words("mail", batch, i, count=20)))
+    again = words("mail", "spam-1", 0, count=20)
+    write(folder / "spam-2/again.json", mail("another subject", again))
     odd = {
         "short": mail("short one", "too short"),
         "encoded": mail("=?iso-8859-1?q?caf=E9?=", words("encoded", count=20)),
