@@ -25,7 +25,7 @@ def test_tables_keep_order_splits_and_repeats(unpacked):
 
 def test_mails_come_from_the_batch_of_the_split(unpacked):
     train, test = labelled_texts("spam", "train", unpacked), labelled_texts("spam", "test", unpacked)
-    assert [label for _, label in train] == ["ham"] * 60 + ["spam"] * 60, "odd mails are left out"
+    assert [label for _, label in train] == ["ham"] * 160 + ["spam"] * 160, "odd mails are left out"
     assert [label for _, label in test] == ["ham"] * 30 + ["spam"] * 31
     subject, body = train[0][0].split("\n")
     assert subject == "Re: [list] about easy-ham-1 0" and body.startswith("mail easy-ham-1 0")
@@ -65,7 +65,8 @@ LONG = "one two three four five six seven eight nine ten"
         (f"Subject: a\n\n{LONG} {'x' * 31}", f"a\n{LONG}"),
         (f"Subject: =?utf-8?q?a?=\n\n{LONG}", None),
         ("Subject: a\n\none two three", None),
-        (f"Subject: a\n\n{LONG} {'é' * 20}", None),
+        (f"Subject: a\n\n{LONG} {'éééé ' * 20}", None),
+        (f"Subject: a\n\n{LONG} {'=20 1 ' * 40}", None),
         (f"Subject: a\nContent-Type: image/png\n\n{LONG}", None),
     ],
 )

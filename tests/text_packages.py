@@ -24,9 +24,9 @@ def write(path: Path, text: str) -> None:
 
 
 def words(*parts: object, count: int = 70) -> str:
-    """A text of its own: another first word and another number of words than any other parts give."""
+    """A text that starts with the parts, so that no other parts give it."""
     start = " ".join(str(part).replace(".", " ") for part in parts)
-    return f"{start} " + " ".join(f"w{abs(hash_of(start)) % 97}x{i}" for i in range(count))
+    return f"{start} " + " ".join(f"w{'abcdefghij'[hash_of(start) % 10]}x{i}" for i in range(count))
 
 
 def hash_of(text: str) -> int:
@@ -64,7 +64,7 @@ def _tables(folder: Path) -> None:
 
 
 def _mails(folder: Path) -> None:
-    for batch, many in (("easy-ham-1", 60), ("easy-ham-2", 30), ("hard-ham-1", 50), ("spam-1", 60), ("spam-2", 30)):
+    for batch, many in (("easy-ham-1", 160), ("easy-ham-2", 30), ("hard-ham-1", 50), ("spam-1", 160), ("spam-2", 30)):
         for i in range(many):
             write(folder / batch / f"{i:05d}.aa.json", mail(f"Re: [list] about {batch} {i}", words("mail", batch, i, count=20)))
     again = words("mail", "spam-1", 0, count=20)
@@ -72,7 +72,7 @@ def _mails(folder: Path) -> None:
     odd = {
         "short": mail("short one", "too short"),
         "encoded": mail("=?iso-8859-1?q?caf=E9?=", words("encoded", count=20)),
-        "chinese": mail("far away", "字 " * 60 + "a " * 20),
+        "chinese": mail("far away", "字字字字 " * 40 + "a " * 20),
     }
     for name, text in odd.items():
         write(folder / "spam-1" / f"9-{name}.json", text)

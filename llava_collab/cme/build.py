@@ -20,7 +20,7 @@ from tqdm import tqdm
 from llava_collab.assets import packages as table
 from llava_collab.assets import unpacked as cached
 from llava_collab.cme.items import KEY_WORDS, SPLITS, Item, Sources, packages
-from llava_collab.cme.passages import MAIL_WORDS, PAIR_WORDS, POST_WORDS, SUBJECT_WORDS
+from llava_collab.cme.passages import MAIL_WORDS, PAIR_WORDS, POST_WORDS, SUBJECT_WORDS, TITLE_WORDS
 from llava_collab.cme.tasks import TASKS
 from llava_collab.cmt.phrases import phrase
 from llava_collab.data.chance import rng_of
@@ -131,6 +131,7 @@ def _manifest(out: Path, summary: dict[str, Any], sources: Sources, seed: int) -
             "post_of_a_pair": PAIR_WORDS,
             "mail": MAIL_WORDS,
             "mail_without_subject": SUBJECT_WORDS,
+            "subject": TITLE_WORDS,
             "key": KEY_WORDS,
         },
         "packages": {name: {"version": p.version, "sha256": p.sha256, "licence": p.licence} for name, p in made_from.items()},

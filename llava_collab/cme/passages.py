@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from llava_collab.cme.items import SPLITS, Item, Passage, Sources, balanced, by_label, cut, key_of, lettered
 from llava_collab.data.chance import unit_interval
 
-POST_WORDS, PAIR_WORDS, MAIL_WORDS, SUBJECT_WORDS = 120, 80, 120, 90
+POST_WORDS, PAIR_WORDS, MAIL_WORDS, SUBJECT_WORDS = 120, 80, 100, 90
+TITLE_WORDS = 20
 HARD_SHARE = 0.25
 """Of the spams, for the family that sets them against hard ham; the others are set against easy ham."""
 _SPAM = ("spam", "not spam")
@@ -92,7 +93,7 @@ def _subject_key(name: str) -> str:
 
 def _letter(mail: Passage) -> str:
     title, body = mail.text.split("\n", 1)
-    return f"Subject: {title}\n{cut(body, MAIL_WORDS)}"
+    return f"Subject: {cut(title, TITLE_WORDS)}\n{cut(body, MAIL_WORDS)}"
 
 
 def _closed(passage: Passage, answer: str, choices: tuple[str, ...], shown: str) -> Item:

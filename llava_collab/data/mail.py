@@ -10,13 +10,14 @@ from email.message import Message
 
 LONGEST_WORD = 30
 LEAST_WORDS = 10
-LEAST_ASCII = 0.9
+LEAST_LETTERS = 0.6
+_LOOKED_AT = 1000
 _UNSEEN = re.compile(r"<(script|style)\b.*?</\1\s*>|<!--.*?-->|</?[a-z!][^>]*>", re.DOTALL | re.IGNORECASE)
 _DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}
 
 
 def readable(raw: str) -> str | None:
-    """ "subject\\nbody" of a mail, each in one line; None where there is no text of ten words, mostly ASCII, or its subject is encoded.
+    """ "subject\\nbody" of a mail, each in one line; None where there is no text of ten words in ASCII letters, or its subject is encoded.
 
     The body is the first plain part, else the first HTML part. Tags are left out of both (spam calls HTML plain), and with them addresses
     in angle brackets; so are words of more than 30 letters (links, encoded files).
@@ -30,7 +31,8 @@ def readable(raw: str) -> str | None:
     body = html.unescape(_UNSEEN.sub(" ", _decoded(part)))
     words = [word for word in body.split() if len(word) <= LONGEST_WORD]
     text = " ".join(words)
-    if len(words) < LEAST_WORDS or sum(map(str.isascii, text)) < LEAST_ASCII * len(text):
+    start = text[:_LOOKED_AT]  # other alphabets, files and lists of figures show here
+    if len(words) < LEAST_WORDS or sum(one.isascii() and (one.isalpha() or one == " ") for one in start) < LEAST_LETTERS * len(start):
         return None
     return f"{' '.join(subject.split())}\n{text}"
 
