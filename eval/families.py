@@ -4,7 +4,8 @@
 
 A family is valid if the oracle reaches 95 and the blind guesser stays within chance + 5, apart from sampling noise: the lower end of
 its 95 % interval decides. Families that are not valid are marked, and the exit status is 1. Folders are what eval/run.py wrote (`--model
-blind`, `--model oracle`, ...), all of the same samples.
+blind`, `--model oracle`, ...), all of the same samples. Without --oracle (texts have none, and nothing to be blind to) families are
+tabulated and not judged.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class Args:
 
     blind: Path
     """Records of the blind guesser."""
-    oracle: Path
-    """Records of the oracle."""
     out: Path
     """Folder for families.md and families.csv."""
+    oracle: Path | None = None
+    """Records of the oracle."""
     others: tuple[Path, ...] = ()
     """Further runs to show beside them."""
     suite: Path = Path("eval/suites/cmt-open.yaml")
@@ -46,7 +47,7 @@ class Args:
 
 def main(args: Args) -> list[str]:
     """Print and write the table; returns the families that are not valid. Raises RecordError and SuiteError."""
-    runs = report.read_runs([args.blind, args.oracle, *args.others])
+    runs = report.read_runs([args.blind, *([args.oracle] if args.oracle else []), *args.others])
     if bad := [run.label for run in runs if run.errors or len(run.rows) < run.asked or run.identity["items"] != runs[0].identity["items"]]:
         raise RecordError(f"{', '.join(bad)}: errors, missing answers or other items; a family's mean would leave out what failed")
     split = str(runs[0].identity["split"])
@@ -66,13 +67,15 @@ def main(args: Args) -> list[str]:
             )
         guess = float(np.mean([chance[sample_id] for sample_id in found[0]]))
         intervals = [bootstrap({family: np.array(list(by_id.values()))})[family] if by_id else None for by_id in found]
-        blind, oracle = intervals[:2]
-        # Sampling noise may lift a fair family above the line: the interval's lower end decides.
-        valid = blind is not None and oracle is not None and blind.low <= guess + MARGIN and oracle.mean >= LEAST
-        invalid += [] if valid else [family]
         cells = [f"{one.mean:.1f} ± {one.half_width:.1f}" if one else "–" for one in intervals]
-        lines.append([category, family, str(len(found[0])), f"{guess:.1f}", *cells, "yes" if valid else "**no**"])
-    header = ["category", "family", "items", "chance", *(run.label for run in runs), "valid"]
+        lines.append([category, family, str(len(found[0])), f"{guess:.1f}", *cells])
+        if args.oracle:
+            blind, oracle = intervals[:2]
+            # Sampling noise may lift a fair family above the line: the interval's lower end decides.
+            valid = blind is not None and oracle is not None and blind.low <= guess + MARGIN and oracle.mean >= LEAST
+            invalid += [] if valid else [family]
+            lines[-1].append("yes" if valid else "**no**")
+    header = ["category", "family", "items", "chance", *(run.label for run in runs), *(["valid"] if args.oracle else [])]
     rows = [header, ["---", "---", *["---:"] * (len(header) - 2)], *lines]
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
     print(text)

@@ -42,7 +42,8 @@ class Args:
     best guesser that sees the question only), `ocr` (OCR + rules, else a guess), `oracle` (rules that know what was drawn)."""
 
     suite: Path
-    """What is measured and how: eval/suites/cmt-open.yaml, cmt-public.yaml or real.yaml (llava_1_5.yaml is for eval/public.py)."""
+    """What is measured and how: eval/suites/cmt-open.yaml, cmt-public.yaml, real.yaml or cme-open.yaml, texts alone (llava_1_5.yaml is for
+    eval/public.py)."""
 
     out: Path
     """Folder for records.jsonl and run.json. A folder of the same run is gone on with; one of another run is refused."""

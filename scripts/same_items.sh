@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Are the items of CMT-open the same under two interpreters? Builds the test split under each, in another temporary folder, time zone and locale,
-# with another hash seed and number of workers, and compares the content hashes of the manifests (lines and decoded pixels).
+# Are the items of CMT-open and CME-open the same under two interpreters? Builds CMT-open's test split and all of CME-open under each, in another
+# temporary folder, time zone and locale, with another hash seed and number of workers, and compares the content hashes of the manifests.
 #   bash scripts/same_items.sh python3.11 python3.12
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,13 +10,15 @@ trap 'rm -rf "$work"' EXIT
 cat >"$work/build.py" <<'PYTHON'
 import json, sys
 from pathlib import Path
+from llava_collab.cme import build_cme
 from llava_collab.cmt import build_cmt
 
 if __name__ == "__main__":  # workers import this file
     sizes = {"train": 0, "val": 0, "test": 1149, "decision": 0, "test_object": 0, "test_template": 0}
     folder = build_cmt(Path(sys.argv[1]), **sizes, workers=int(sys.argv[2]))
     manifest = json.loads((folder / "manifest.json").read_text())
-    print(manifest["content_sha256"], sys.version.split()[0], "changed packages:", ", ".join(manifest["changed_packages"]) or "none")
+    texts = build_cme(folder / "cme")
+    print(manifest["content_sha256"], texts["content_sha256"], sys.version.split()[0], "changed packages:", ", ".join(manifest["changed_packages"]) or "none")
 PYTHON
 zones=(UTC Asia/Tokyo America/Lima) locales=(C.UTF-8 C POSIX)
 number=0
@@ -29,4 +31,4 @@ for python in "$@"; do
     "$work/venv$number/bin/python" "$work/build.py" "$work/cmt$number" $((number % 2 + 1)) | tee -a "$work/hashes"
   number=$((number + 1))
 done
-[ "$(cut -d' ' -f1 "$work/hashes" | sort -u | wc -l)" = 1 ] || { echo "error: the items differ" >&2; exit 1; }
+[ "$(cut -d' ' -f1,2 "$work/hashes" | sort -u | wc -l)" = 1 ] || { echo "error: the items differ" >&2; exit 1; }

@@ -175,6 +175,18 @@ def test_a_debian_package_placed_by_hand_is_unpacked(use: Callable[[assets.Packa
     assert (assets.unpacked("toy") / "usr/a.txt").read_text() == "a"
 
 
+def test_texts_are_brought_by_name_alone(use: Callable[[assets.Package], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as source:
+        source.writestr("toy-1.0/a.txt", "a")
+    root = use(toy(data.getvalue(), name="toy", kind="pip", file="toy-1.0.zip", role="texts"))
+    monkeypatch.setenv("PATH", str(tmp_path))  # no client: a fetch would fail
+    assets.fetch()
+    (root / "downloads").mkdir(parents=True)
+    (root / "downloads/toy-1.0.zip").write_bytes(data.getvalue())
+    assert (assets.unpacked("toy") / "toy-1.0/a.txt").read_text() == "a"
+
+
 def test_an_archive_can_not_write_outside_its_folder(use: Callable[[assets.Package], Path]) -> None:
     data = make_tgz({"package/a": b"a", "../../outside": b"x"})
     root = use(toy(data))

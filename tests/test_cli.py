@@ -19,6 +19,7 @@ VERBS = [
     "data build",
     "data build cmt-open",
     "data build cmt-public",
+    "data build cme-open",
     "ask",
     "chat",
     "export",

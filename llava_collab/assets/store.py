@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from llava_collab.assets.cache import AssetError, build_folder, cache_root, locked
 from llava_collab.assets.clients import download
-from llava_collab.assets.table import Package, find, packages
+from llava_collab.assets.table import ON_DEMAND, Package, find, packages
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ def status() -> list[Row]:
 
 
 def fetch(names: Sequence[str] | None = None) -> None:
-    """Bring the named packages (default: all but those for development) into the cache: fetched, verified and unpacked.
+    """Bring the named packages (default: all but those of roles ON_DEMAND) into the cache: fetched, verified and unpacked.
 
     Raises AssetError with the name and the cure; packages that were done before the error stay done.
     """
-    wanted = [find(n) for n in names] if names is not None else [p for p in packages().values() if p.role != "development"]
+    wanted = [find(n) for n in names] if names is not None else [p for p in packages().values() if p.role not in ON_DEMAND]
     missing = [p for p in wanted if not _folder(p).is_dir()]
     if not missing:
         return
@@ -58,7 +58,7 @@ def fetch(names: Sequence[str] | None = None) -> None:
 def unpacked(name: str) -> Path:
     """The folder with the files of one package, fetched and verified first if need be.
 
-    Wheels and npm packages start at their own root (the `package/` folder of an npm archive is dropped), Debian packages at `usr/`.
+    Wheels, zips and npm packages start at their own root (the `package/` folder of an npm archive is dropped), Debian packages at `usr/`.
     """
     fetch([name])
     return _folder(find(name))
@@ -110,12 +110,12 @@ def _verify(package: Package, path: Path) -> None:
 
 
 def _unpack(file: Path, folder: Path) -> None:
-    """Unpack a wheel, an npm archive or a Debian package; members that point out of `folder` are refused or made relative."""
+    """Unpack a wheel, a zip, an npm archive or a Debian package; members that point out of `folder` are refused or made relative."""
     if file.suffix == ".deb":
         if shutil.which("dpkg-deb") is None:
             raise AssetError(f"{file}: dpkg-deb is needed to unpack it; install the package dpkg")
         subprocess.run(["dpkg-deb", "-x", file, folder], check=True)
-    elif file.suffix == ".whl":
+    elif file.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(file) as archive:
             archive.extractall(folder)
     else:

@@ -11,12 +11,15 @@ import yaml
 
 from llava_collab.assets.cache import AssetError
 
+ON_DEMAND = ("development", "texts")
+"""Roles that models and pictures do not need: tests bring the first, who reads labelled texts the second."""
+
 
 @dataclass(frozen=True)
 class Package:
     """One pinned package. `kind` names the client that fetches it, `file` is the name under which that client stores it.
 
-    `bytes` and `sha256` are those of `file`. Packages of role "development" are fetched only by name.
+    `bytes` and `sha256` are those of `file`. Packages whose role is in ON_DEMAND are fetched only by name.
     """
 
     name: str

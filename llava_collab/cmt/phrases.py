@@ -1,4 +1,4 @@
-"""How the questions are worded: `phrases.yaml` holds, per family, the wordings of all splits, and those of `test-template` alone."""
+"""How questions are worded: a book (`phrases.yaml` for CMT-open) holds, per family, the usual wordings and those held out for tests."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ class Asked:
     slots: dict[str, str] = field(default_factory=dict)
 
 
+BOOK = Path(__file__).with_suffix(".yaml")
+
+
 @cache
-def phrases() -> dict[str, dict[str, list[str]]]:
+def phrases(book: Path = BOOK) -> dict[str, dict[str, list[str]]]:
     """Family -> {"known": wordings, "held_out": wordings}."""
-    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load(book.read_text(encoding="utf-8"))
 
 
-def phrase(family: str, held_out: bool, rng: random.Random, **slots: str) -> Asked:
-    """The question in a random wording, with a capital at its start."""
-    options = phrases()[family]["held_out" if held_out else "known"]
+def phrase(family: str, held_out: bool, rng: random.Random, *, book: Path = BOOK, **slots: str) -> Asked:
+    """The question in a random wording of the book, with a capital at its start."""
+    options = phrases(book)[family]["held_out" if held_out else "known"]
     index = rng.randrange(len(options))
     worded = options[index].format(**slots)
     return Asked(family, f"{family}/{'h' if held_out else ''}{index}", worded[0].upper() + worded[1:], slots)

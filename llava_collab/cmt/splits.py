@@ -6,9 +6,10 @@ or an item from one split to another.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from typing import Final
+
+from llava_collab.data.chance import rng_of, unit_interval
 
 SPLITS: Final[tuple[str, ...]] = ("train", "val", "test", "decision", "test-object", "test-template")
 
@@ -18,11 +19,6 @@ TEST_BACKGROUND_SHARE: Final = 0.35
 # (forest, sea, ...) has a background on both sides.
 _KNOWN_SALT: Final = "known-221"
 _BACKGROUND_SALT: Final = "background-12"
-
-
-def unit_interval(key: str) -> float:
-    """A number in [0, 1) that depends on nothing but `key` (the first 8 bytes of its SHA-256)."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
 def is_known(kind: str, name: str) -> bool:
@@ -62,4 +58,4 @@ def uses_held_out_phrases(split: str) -> bool:
 def group_rng(category: str, split: str, group: int) -> random.Random:
     """The only source of chance for a group of items that share their pictures (a group is one item outside of train)."""
     check_split(split)
-    return random.Random(int.from_bytes(hashlib.sha256(f"cmt-open|{category}|{split}|{group}".encode()).digest()[:16], "big"))
+    return rng_of(f"cmt-open|{category}|{split}|{group}")
