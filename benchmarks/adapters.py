@@ -6,9 +6,10 @@ A decoder of LLaMA-7B's widths on a GPU (of small ones on a CPU), random weights
 (forward, backward, AdamW, dropout), a forward over a prompt, and decoding with a cache. Every variant has the same frozen weights, in the
 same process, in turns; a ratio is the median of the ratios of neighbours.
 
-The unfused MoELoRA runs an expert after the other, x A_i B_i, weighed by its router: 2 k products a layer, and k dropouts. It is no straw
-man: k active LoRAs of peft, which do the same without a router, are timed beside it. Fused, MoELoRA is TeamLoRA's collaboration module,
-product for product; so what is left of TeamLoRA's speed claim is the fusing, which anyone's MoELoRA can have.
+The unfused MoELoRA runs an expert after the other, x A_i B_i, weighed by its router: 2 k products a layer. The one that is compared drops
+out where the fused layer does, on z; with dropout on x, as peft and MoELoRA have it, it is no straw man: k active LoRAs of peft, which do
+the same without a router, are timed beside it. Fused, MoELoRA is TeamLoRA's collaboration module, product for product; so what is left of
+TeamLoRA's speed claim is the fusing, which anyone's MoELoRA can have.
 """
 
 from __future__ import annotations
@@ -68,11 +69,14 @@ class Args:
 
 
 class UnfusedMoeLora(nn.Module):
-    """A frozen linear layer and k LoRAs, each through two products of its own, weighed by a softmax router: MoELoRA as published."""
+    """A frozen linear layer and k LoRAs, each through two products of its own, weighed by a softmax router: MoELoRA as published.
 
-    def __init__(self, base: nn.Linear, experts: int, rank: int, alpha: float, dropout: float) -> None:
+    Dropout falls on what A reads, as in peft's LoRA and those who build on it, or on what it gives, as in TeamLoRA and our layer.
+    """
+
+    def __init__(self, base: nn.Linear, experts: int, rank: int, alpha: float, dropout: float, at_input: bool) -> None:
         super().__init__()
-        self.base, self.scale, self.dropout = base, alpha / rank, nn.Dropout(dropout)
+        self.base, self.scale, self.at_input, self.dropout = base, alpha / rank, at_input, nn.Dropout(dropout)
         self.down = nn.ModuleList(nn.Linear(base.in_features, rank, bias=False) for _ in range(experts))
         self.up = nn.ModuleList(nn.Linear(rank, base.out_features, bias=False) for _ in range(experts))
         self.router = nn.Linear(base.in_features, experts, bias=False)
@@ -80,7 +84,8 @@ class UnfusedMoeLora(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out, weights = self.base(x), self.router(x).float().softmax(-1).to(x.dtype)
         for number, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
-            out = out + up(down(self.dropout(x))) * weights[..., number, None] * self.scale
+            z = down(self.dropout(x)) if self.at_input else self.dropout(down(x))
+            out = out + up(z) * weights[..., number, None] * self.scale
         return out
 
 
@@ -94,7 +99,7 @@ class Variant:
         kept = {id(parameter) for parameter in base.parameters()}
         self.trained = [p.requires_grad_(True) for p in self.model.parameters() if id(p) not in kept]
         for parameter in self.trained:
-            parameter.data = torch.randn_like(parameter, device=device) * 0.01
+            parameter.data = torch.randn(parameter.shape, device=device) * 0.01  # fp32 masters, also where peft takes the base's type
         self.model.to(device)
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True) if self.trained else None
         self.device = device
@@ -145,15 +150,14 @@ def fused(args: Args, **settings: Any) -> Callable[[Any], None]:
     return place
 
 
-def unfused(args: Args, experts: int) -> Callable[[Any], None]:
+def unfused(args: Args, experts: int, at_input: bool = False) -> Callable[[Any], None]:
     """Puts MoELoRA as published on the FFN."""
 
     def place(model: Any) -> None:
         for block in model.layers:
             for name in TARGETS:
-                setattr(
-                    block.mlp, name, UnfusedMoeLora(getattr(block.mlp, name), experts, args.rank or 0, 2.0 * (args.rank or 0), args.dropout)
-                )
+                linear, rank = getattr(block.mlp, name), args.rank or 0
+                setattr(block.mlp, name, UnfusedMoeLora(linear, experts, rank, 2.0 * rank, args.dropout, at_input))
 
     return place
 
@@ -190,6 +194,7 @@ def variants(args: Args, base: LlamaModel, k: int, device: torch.device) -> dict
         "LoRA r": fused(args, method="lora", rank=r, alpha=2.0 * r),
         "LoRA kr": fused(args, method="lora", rank=k * r, alpha=2.0 * k * r),
         "MoELoRA unfused": unfused(args, k),
+        "MoELoRA unfused, dropout on x": unfused(args, k, at_input=True),
         "peft's k LoRAs": peft_loras(args, k),
         "MoELoRA fused": fused(args, method="moelora", experts=k, rank=r, alpha=2.0 * r),
         "HydraLoRA fused": fused(args, method="hydralora", experts=k, rank=r, alpha=2.0 * r),
@@ -205,7 +210,8 @@ COMPARED = (  # over, under, targets of the train step and of inference at the f
     ("TeamLoRA fused", "MoELoRA fused", None, None),
     ("HydraLoRA fused", "LoRA kr", None, None),
     ("MoELoRA unfused", "LoRA kr", None, None),
-    ("MoELoRA unfused", "peft's k LoRAs", 1.10, 1.10),
+    ("MoELoRA unfused, dropout on x", "peft's k LoRAs", 1.10, 1.10),
+    ("TeamLoRA fused", "MoELoRA unfused, dropout on x", None, None),
     ("LoRA kr", "LoRA r", None, None),
 )
 
@@ -249,7 +255,7 @@ def same_function(args: Args, device: torch.device) -> float:
     torch.manual_seed(1)
     width, r, k = 64, 4, args.experts[0]
     linear = nn.Linear(width, width, bias=False).to(device)
-    loop = UnfusedMoeLora(linear, k, r, 2.0 * r, 0.0).to(device)
+    loop = UnfusedMoeLora(linear, k, r, 2.0 * r, 0.0, at_input=False).to(device)
     holder = nn.Module()
     holder.language_model = nn.ModuleDict({"layers": nn.ModuleDict({"0": nn.ModuleDict({"gate_proj": copy.deepcopy(linear)})})})
     settings = {"method": "moelora", "experts": k, "rank": r, "alpha": 2.0 * r, "dropout": 0.0, "target": ["gate_proj"]}

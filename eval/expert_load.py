@@ -3,7 +3,7 @@
     python eval/expert_load.py runs/smol-adapters/model --out runs/smol-adapters/load --feature-cache
 
 Every question is read once, without an answer. An expert's load is its mean weight over a category's tokens and over the adapted layers;
-1 is its fair share. Beside the spread over categories stands the one over random halves of the same category, which is chance.
+1 is its fair share. Beside the spread over categories (root mean square) stands what chance would give, from random halves of each.
 Writes load.json, load.md and load.png.
 """
 
@@ -72,6 +72,8 @@ def main(args: Args) -> Tensor:
     halves: dict[str, list[list[Sample]]] = {}
     for number, sample in enumerate(samples):  # `choose` kept the file's order, which is random within a category
         halves.setdefault(sample.category, [[], []])[number % 2].append(sample)
+    if len(halves) < 2 or any(not half for pair in halves.values() for half in pair):
+        raise ValueError("at least two categories are needed, and two questions of each: categories are compared, and halves of them")
     with tqdm(total=len(samples), unit="question") as bar:
         loads_CHLK = torch.stack([torch.stack([measure(network, processor, half, args, bar) for half in pair]) for pair in halves.values()])
     report(args, list(halves), loads_CHLK / adapter.balanced_weight)
@@ -98,14 +100,13 @@ def measure(network: Any, processor: Any, samples: Sequence[Sample], args: Args,
 def report(args: Args, categories: list[str], loads_CHLK: Tensor) -> None:
     """Print and write the table, the figures behind it, and the plot."""
     mean_CK = loads_CHLK.mean((1, 2))
-    between = float(loads_CHLK.mean(1).std(0).mean())
-    chance = float((loads_CHLK[:, 0] - loads_CHLK[:, 1]).abs().mean()) / 2
+    between, chance = spreads(loads_CHLK)
     experts = [f"expert {number}" for number in range(1, mean_CK.shape[1] + 1)]
     lines = [[category, *(f"{load:.3f}" for load in row)] for category, row in zip(categories, mean_CK.tolist(), strict=True)]
     lines.append(["all", *(f"{load:.3f}" for load in mean_CK.mean(0).tolist())])
     title = (
         f"Load of the experts of {args.model.parent.name}/{args.model.name} (1: a fair share). Spread over categories, in a layer: "
-        f"{between:.3f}; over halves of one category: {chance:.3f}"
+        f"{between:.4f}; by chance: {chance:.4f}"
     )
     text = Table(title, ["category", *experts], lines, []).markdown()
     print(text)
@@ -119,6 +120,13 @@ def report(args: Args, categories: list[str], loads_CHLK: Tensor) -> None:
     }
     write_json(args.out / "load.json", figures | environment())
     plot(categories, experts, mean_CK, args.out / "load.png")
+
+
+def spreads(loads_CHLK: Tensor) -> tuple[float, float]:
+    """Root mean square spread of a layer's expert over categories, and the one that would be there if categories did not differ."""
+    between = loads_CHLK.mean(1).var(0).mean().sqrt()
+    chance = (loads_CHLK[:, 0] - loads_CHLK[:, 1]).square().mean().sqrt() / 2  # of a mean of two halves, as the other is
+    return float(between), float(chance)
 
 
 def plot(categories: list[str], experts: list[str], mean_CK: Tensor, path: Path) -> None:

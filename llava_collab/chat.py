@@ -113,7 +113,7 @@ class Chat:
         self._ids: list[int] = []  # those whose states the cache holds; none: the cache is not to be used
         self._cache = DynamicCache()  # without the config: sliding-window layers too keep all, so that it can be cut back
         self._weights: Any = None
-        self._routing = RoutingContext()
+        self._routing = RoutingContext(pending=True)
 
     @torch.inference_mode()
     def _prefill(self, prompt: EncodedText, pictures: Sequence[Path | Image.Image]) -> int:
@@ -129,7 +129,6 @@ class Chat:
         if kept == 0:
             self._start_cache()
             pixels["guidance_mask"] = torch.tensor([prompt.guidance_mask], device=device)
-            self._routing = RoutingContext(prompt_BT=pixels["guidance_mask"])
         held, self._ids = len(self._ids), []  # should the call be interrupted, the cache is half-filled
         if held > kept:
             self._cache.crop(kept - held)

@@ -134,19 +134,20 @@ def adversarial(value: float) -> Tensor:
     return torch.full((4, 4), value).double()
 
 
-@pytest.mark.parametrize("interaction", ["bounded", "free"])
+@pytest.mark.parametrize("settings", [{}, {"interaction": "free"}, {"normalise": False}, {"scale_by_k": False}], ids=str)
 @pytest.mark.parametrize("value", [-1 / 3, -0.5, -1.0, -1e4, 1e4, 1e38, -1e38, float("inf")])
-def test_no_interaction_matrix_gives_a_weight_that_is_no_number(interaction: str, value: float) -> None:
-    layer = experts("teamlora", interaction=interaction)
+def test_no_interaction_matrix_gives_a_weight_that_is_no_number(settings: dict, value: float) -> None:
+    layer = experts("teamlora", **settings)
     assert layer.interaction is not None
     with torch.no_grad():
         layer.interaction.copy_(adversarial(value))
-        if interaction == "free":
+        if "interaction" in settings:
             layer.interaction.fill_diagonal_(0.0)
     w = layer.weights(torch.randn(50, 4))
     assert w.isfinite().all()
-    torch.testing.assert_close(w.sum(-1), torch.full((50,), 4.0), rtol=1e-4, atol=1e-3)
-    if interaction == "bounded":
+    if layer.config.normalise:
+        torch.testing.assert_close(w.sum(-1), torch.full((50,), 4.0 if layer.config.scale_by_k else 1.0), rtol=1e-4, atol=1e-3)
+    if layer.config.interaction == "bounded":
         assert (w > 0).all()
 
 
@@ -281,6 +282,8 @@ def test_what_needs_a_context_says_so() -> None:
     for settings in ({"routing": "sample"}, {"balance": 0.1}):
         with pytest.raises(RuntimeError, match="RoutingContext"):
             experts("teamlora", **settings)(torch.randn(2, IN).double(), torch.zeros(2, OUT).double())
+    with torch.no_grad():  # balancing is of training
+        experts("teamlora", balance=0.1)(torch.randn(2, IN).double(), torch.zeros(2, OUT).double())
     layer = experts("teamlora", routing="sample")
     with RoutingContext(torch.ones(2, 3)), pytest.raises(ValueError, match=r"mask has shape \(2, 3\)"):
         layer(torch.randn(2, 4, IN).double(), torch.zeros(2, 4, OUT).double())

@@ -29,19 +29,19 @@ def base() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def adapted(method: str = "teamlora", **settings: object) -> PeftModel:
+def adapted(method: str = "teamlora", steps: int = 8, **settings: object) -> PeftModel:
     """Trained a little, in eval mode."""
     model = get_peft_model(base(), TeamLoraConfig.of(method, rank=4, dropout=0.0, task_type="CAUSAL_LM", **settings)).train()
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.02)
     losses = []
-    for _ in range(8):
+    for _ in range(steps):
         with RoutingContext():
             loss = model(input_ids=IDS, labels=IDS).loss
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-        losses.append(float(loss))
-    assert losses[-1] < losses[0] - 0.1
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.01 * steps
     return model.eval()
 
 
@@ -60,8 +60,13 @@ def test_trained_saved_loaded_switched(method: str, tmp_path: Path) -> None:
     assert (stored["rank"], stored["experts"]) == (4, 1 if method == "lora" else 4)
     again = PeftModel.from_pretrained(base(), tmp_path).eval()
     assert torch.equal(logits(again), expected)
-    again.load_adapter(tmp_path, adapter_name="second")
+    other = adapted(method, steps=3)
+    other.save_pretrained(tmp_path / "other")
+    again.load_adapter(tmp_path / "other", adapter_name="second")
     again.set_adapter("second")
+    assert torch.equal(logits(again), logits(other)) and not torch.equal(logits(other), expected)
+    again.delete_adapter("second")
+    again.set_adapter("default")
     assert torch.equal(logits(again), expected)
     with again.disable_adapter():
         assert torch.equal(logits(again), logits(base()))
@@ -81,6 +86,8 @@ def test_what_is_one_matrix_is_merged_and_exported(settings: dict, tmp_path: Pat
     assert type(lora.peft_config["default"]) is LoraConfig
     torch.testing.assert_close(logits(lora), expected, rtol=1e-4, atol=1e-5)
     model.merge_adapter()
+    with pytest.warns(UserWarning, match="already"):
+        model.merge_adapter()
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
     model.unmerge_adapter()
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
@@ -98,6 +105,36 @@ def test_routed_experts_are_neither_merged_nor_exported(tmp_path: Path) -> None:
     assert not (tmp_path / "lora").exists()
     if isinstance(model, PeftModel):
         assert torch.equal(logits(model), before)
+
+
+def test_two_adapters_at_once_add_up() -> None:
+    model = adapted("teamlora")
+    one = logits(model) - logits(base())
+    model.add_adapter("second", TeamLoraConfig(rank=2, experts=2, dropout=0.0, task_type="CAUSAL_LM"))
+    model.base_model.set_adapter(["default", "second"])
+    torch.testing.assert_close(logits(model) - logits(base()), one)  # a new one says nothing yet
+    assert {p.requires_grad for name, p in model.named_parameters() if "teamlora_experts" in name} == {True}
+
+
+def test_another_adapter_in_every_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="adapter_names"):
+        adapted("lora")(input_ids=IDS, adapter_names=["default", "__base__"])
+
+
+def test_quantised_bases_are_adapted_and_not_merged() -> None:
+    model = base()
+    for block in model.model.layers:
+        block.mlp.gate_proj.weight = torch.nn.Parameter(torch.zeros(48, 32, dtype=torch.uint8), requires_grad=False)
+    tuned = get_peft_model(model, TeamLoraConfig.of("lora", rank=2, target_modules=["gate_proj"]))
+    assert sum(p.requires_grad for p in tuned.parameters()) == 4
+    with pytest.raises(ValueError, match="quantised"):
+        tuned.merge_adapter()
+
+
+def test_what_was_trained_whole_is_not_lost_in_an_export(tmp_path: Path) -> None:
+    model = get_peft_model(base(), TeamLoraConfig.of("lora", rank=2, modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="modules_to_save"):
+        export_lora(model, tmp_path)
 
 
 def test_an_adapter_of_another_kind_is_not_exported(tmp_path: Path) -> None:

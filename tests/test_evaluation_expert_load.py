@@ -66,6 +66,20 @@ def test_routers_that_prefer_show_and_weights_add_up(tmp_path: Path) -> None:
     assert found["between"] > found["chance"]  # the two categories have other words
 
 
+def test_chance_is_what_equal_categories_show() -> None:
+    load = program("eval/expert_load.py")
+    torch.manual_seed(0)
+    loads_CHLK = 1 + 0.1 * torch.randn(40, 2, 25, 4)
+    between, chance = load.spreads(loads_CHLK)
+    assert between == pytest.approx(0.1 / 2**0.5, rel=0.05) == pytest.approx(chance, rel=0.1)
+
+
+def test_one_category_is_not_compared(tmp_path: Path) -> None:
+    load, settings = arguments(tmp_path, {"method": "moelora", "experts": 3, "rank": 2}, 0.0)
+    with pytest.raises(ValueError, match="two questions of each"):
+        load.main(load.Args(**settings, items_per_category=1))
+
+
 def test_a_model_without_routed_experts_is_refused(tmp_path: Path) -> None:
     load, settings = arguments(tmp_path, {"method": "lora", "rank": 2}, 0.0)
     with pytest.raises(ValueError, match="plain LoRA"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from toy import BOTH, PATCHES, pad_batch, pixels, prompt, toy_config, toy_model
 
-from llava_collab.adapters import METHODS, LowRankExperts
+from llava_collab.adapters import METHODS, LowRankExperts, RoutingContext, checkpoint_context
 from llava_collab.chat import Chat
 from llava_collab.models import HyperLlavaForConditionalGeneration
 from llava_collab.models.build import ModelSpec, build, load
@@ -51,7 +52,7 @@ def test_target_names_are_of_the_language_model_and_patterns_of_anything() -> No
 
     assert adapted() == {f"model.language_model.layers.{n}.mlp.{part}_proj" for n in range(4) for part in ("gate", "up", "down")}
     assert adapted(target=["q_proj"]) == {f"model.language_model.layers.{n}.self_attn.q_proj" for n in range(4)}  # not the tower's
-    assert adapted(target=r"multi_modal_projector\.linear_\d") == {f"model.multi_modal_projector.linear_{n}" for n in (1, 2)}
+    assert adapted(target=r"(1|3)\.mlp\.up.*") == {f"model.language_model.layers.{n}.mlp.up_proj" for n in (1, 3)}
     for target in (["gate_proj", "gate"], "nowhere"):
         with pytest.raises(ValueError, match="gate_proj"):
             adapted(target=target)
@@ -138,6 +139,40 @@ def test_a_cache_without_its_routing_is_refused() -> None:
         cache = model(input_ids=ids, use_cache=True).past_key_values
         with pytest.raises(ValueError, match="outside the RoutingContext"):
             model(input_ids=ids[:, :1], past_key_values=cache)
+
+
+def test_a_missing_mask_is_that_of_transformers() -> None:
+    """Without an attention mask `generate` finds the padding by itself; routing must see the same."""
+    model = toy(routing="sample")
+    model.generation_config.pad_token_id = 0
+    inputs, _ = batch(model)
+    expected = generated(model, inputs)
+    del inputs["attention_mask"]
+    assert torch.equal(generated(model, inputs), expected)
+
+
+def test_balance_asks_nothing_of_inference() -> None:
+    model = toy(balance=0.1)
+    inputs, _ = batch(model)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache, expert_weights=model(**inputs).expert_weights)
+    assert torch.equal(generated(model, inputs), generated(toy(), inputs))
+
+
+def test_watching_goes_through_checkpoints() -> None:
+    model = toy().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_context})
+    inputs, _ = batch(model)
+    with RoutingContext(inputs["attention_mask"], watch=True) as context:
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert {float(count) for _, count in context.load.values()} == {float(inputs["attention_mask"].sum())}
+
+
+def test_a_model_can_be_pickled() -> None:
+    again = pickle.loads(pickle.dumps(toy()))  # noqa: S301 (our own, made here)
+    inputs, _ = batch(again)
+    assert torch.equal(generated(again, inputs), generated(toy(), inputs))
 
 
 def test_answers_never_route_their_own_sample() -> None:

@@ -6,9 +6,13 @@
 A HyperLLaVA carries them in its own configuration instead (`adapter` in config.json), beside its experts.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .layer import METHODS, AdapterConfig, LowRankConfig, LowRankExperts
-from .peft_method import TeamLoraConfig, export_lora
 from .routing import RoutingContext, checkpoint_context
+
+if TYPE_CHECKING:
+    from .peft_method import TeamLoraConfig, export_lora
 
 __all__ = [
     "METHODS",
@@ -20,3 +24,12 @@ __all__ = [
     "checkpoint_context",
     "export_lora",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs peft, which a model that carries its experts itself does not."""
+    if name in ("TeamLoraConfig", "export_lora"):
+        from . import peft_method
+
+        return getattr(peft_method, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -117,7 +117,7 @@ class LowRankConfig:
 
     @property
     def needs_context(self) -> bool:
-        """Whether a forward must know which positions are padding and which are the prompt."""
+        """Whether a forward (for the balance loss: one with gradients) must know which positions are padding and which the prompt."""
         return self.routing == "sample" or (self.balance > 0 and self.routing != "uniform")
 
     @property
@@ -131,7 +131,8 @@ class AdapterConfig(LowRankConfig):
     """A HyperLLaVA's low-rank experts: what they are, and on which of its layers."""
 
     target: str | list[str] = field(default_factory=lambda: ["gate_proj", "up_proj", "down_proj"])
-    """Names of linear layers in the language model's blocks [paper: the FFN's]; or a regular expression for whole module paths."""
+    """Names of linear layers in the language model's blocks [paper: the FFN's]; or a regular expression for paths there, from the block's
+    number on, such as `(2|3)\\.mlp\\..*`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,8 +200,9 @@ class LowRankExperts(nn.Module):
     def weights(self, scores_xK: Tensor) -> Tensor:
         """The experts' weights [..., k] in fp32, from the router's scores."""
         config = self.config
-        context = current() if config.needs_context or watching() else None
-        if config.needs_context and context is None:
+        needed = config.routing == "sample" or (config.balance > 0 and torch.is_grad_enabled())
+        context = current() if needed or watching() else None
+        if needed and context is None:
             raise RuntimeError(
                 "these experts are routed by sample or balanced, for which they must know the prompt and the padding: call the model "
                 "inside `with RoutingContext(...)`; with gradient checkpointing pass context_fn=checkpoint_context too"

@@ -7,13 +7,15 @@ to its list of methods, so `_register` adds it to the enumeration (peft 0.21).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 from safetensors.torch import save_file
@@ -91,10 +93,16 @@ class TeamLoraLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the update to the base layer's weight. Raises ValueError, before anything changes, for routed experts."""
-        names = [name for name in adapter_names or self.active_adapters if name in self.teamlora_experts]
-        updates = [self._update(name) for name in names if name not in self.merged_adapters]
-        weight: Any = self.get_base_layer().weight
+        """Add the update to the base layer's weight. Raises ValueError, changing nothing, for routed experts and quantised weights."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.teamlora_experts]
+        updates = [self._update(name) for name in names]
+        if not names:
+            return
+        weight: Any = getattr(self.get_base_layer(), "weight", None)
+        if weight is None or not weight.is_floating_point() or hasattr(weight, "quant_state"):
+            raise ValueError(
+                f"there is no merge into a quantised layer ({type(self.get_base_layer()).__name__}); dequantise the base first"
+            )
         merged = sum(updates, weight.data.float()).to(weight.dtype)
         if safe_merge and not merged.isfinite().all():
             raise ValueError(f"merging {names} would put values that are not finite into the weights")
@@ -123,6 +131,13 @@ class TeamLoraModel(BaseTuner):
         ["gate_proj", "up_proj", "down_proj"],
     )
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """peft's way to other adapters in every row of a batch (`adapter_names`), which these do not have: a ValueError, not silence."""
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError("adapter_names: these experts are the same for all rows of a batch; set_adapter, and a batch for each")
+        yield
+
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str, **_: Any
     ) -> None:
@@ -132,7 +147,8 @@ class TeamLoraModel(BaseTuner):
         if not (hasattr(target, "in_features") and hasattr(target, "out_features")):
             raise ValueError(f"{current_key} is a {type(target).__name__}; low-rank experts stand beside linear layers only")
         layer = TeamLoraLayer(target, adapter_name, peft_config)
-        layer.requires_grad_(adapter_name in self.active_adapters)
+        if adapter_name not in self.active_adapters:  # not the other way round: quantised base weights can't require gradients
+            layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
 
@@ -152,6 +168,10 @@ def export_lora(model: PeftModel, folder: str | Path, adapter_name: str = "defau
     if not tensors:
         raise ValueError(f"the model has no adapter {adapter_name!r} of this kind")
     given: Any = model.peft_config[adapter_name]
+    if given.modules_to_save:
+        raise ValueError(
+            f"modules_to_save {given.modules_to_save} were trained whole, which a plain LoRA file does not hold: save_pretrained does"
+        )
     pattern = "|".join(map(re.escape, names))  # these very layers, whatever the adapter's own pattern would match elsewhere
     config = LoraConfig(
         r=rank,
@@ -174,6 +194,7 @@ def _register() -> None:
         return
     member: Any = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
+    type.__setattr__(PeftType, name, member)  # an enumeration refuses new names; until Python 3.11 it looked them up in the map below
     PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
     PeftType._member_names_.append(name)
     register_peft_method(name=_NAME, config_cls=TeamLoraConfig, model_cls=TeamLoraModel, prefix=TeamLoraModel.prefix)

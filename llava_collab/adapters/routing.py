@@ -38,16 +38,22 @@ class RoutingContext:
 
     attended_BT: real positions (bool or 0/1; None: all). prompt_BT: those that routing by sample reads (None: all real ones; in
     training leave the answer out, or its weights would depend on it). sample_BT: int64, in packed rows whose position each is, from 0.
-    watch: also add up what every expert weighs (`load`), whatever the routing.
+    watch: also add up what every expert weighs (`load`), whatever the routing. pending: a HyperLLaVA fills the masks in at its first call.
     """
 
     def __init__(
-        self, attended_BT: Tensor | None = None, prompt_BT: Tensor | None = None, sample_BT: Tensor | None = None, watch: bool = False
+        self,
+        attended_BT: Tensor | None = None,
+        prompt_BT: Tensor | None = None,
+        sample_BT: Tensor | None = None,
+        *,
+        watch: bool = False,
+        pending: bool = False,
     ) -> None:
         self.attended_BT = None if attended_BT is None else attended_BT.bool()
         self.prompt_BT = self.attended_BT if prompt_BT is None else prompt_BT.bool()
         self.sample_BT = sample_BT
-        self.watch = watch
+        self.watch, self.pending = watch, pending
         self.load: dict[LowRankExperts, tuple[Tensor, Tensor]] = {}
         """With `watch`: summed weights [k] and count of the real positions, by layer."""
         self._balance: list[Tensor] = []
@@ -65,6 +71,11 @@ class RoutingContext:
         global _watching
         _watching -= self.watch
         _CURRENT.reset(self._tokens.pop())
+
+    def take(self, other: RoutingContext) -> RoutingContext:
+        """Take over another's masks, when nothing is pending any more."""
+        self.attended_BT, self.prompt_BT, self.sample_BT, self.pending = other.attended_BT, other.prompt_BT, other.sample_BT, False
+        return self
 
     def per_sample(self, layer: LowRankExperts, scores_BTK: Tensor) -> Tensor:
         """[B, T, k]: every position gets its sample's mean score over the prompt (the router is linear: it is the score of the mean).
@@ -100,7 +111,7 @@ class RoutingContext:
                 self._balance.append(loss)
         if self.watch and not self._again:
             sums_K, count = self.load.get(layer, (0, 0))
-            self.load[layer] = (sums_K + (w_BTK * counts_BT.unsqueeze(-1)).detach().flatten(0, -2).sum(0), count + counts_BT.sum())
+            self.load[layer] = (sums_K + (w_BTK.detach() * counts_BT.unsqueeze(-1)).flatten(0, -2).sum(0), count + counts_BT.sum())
 
     def balance_loss(self) -> Tensor | None:
         """The mean over the layers of this forward, times their `balance`; None where none is balanced."""

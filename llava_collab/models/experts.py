@@ -10,13 +10,13 @@ Nothing about a sample is ever kept on a module, so two interleaved calls cannot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from ..adapters.install import Mixin
 from .configuration import HyperLlavaConfig, LanguageExpertConfig
 from .hypernetwork import ExpertWeights, Generated, HyperNetwork, apply_expert, last_marked, masked_mean
 from .packing import Segments
@@ -118,7 +118,7 @@ class ExpertContext:
         return generated
 
 
-class GuidanceBlock(nn.Module):
+class GuidanceBlock(Mixin):
     """Mixed in front of the class of a stock block where guidance is pooled before the first expert block: it only fills the context."""
 
     def __call__(self, hidden_states: Tensor, *args: Any, expert_context: ExpertContext | None = None, **kwargs: Any) -> Tensor:
@@ -126,7 +126,7 @@ class GuidanceBlock(nn.Module):
         return super().__call__(hidden_states, *args, expert_context=expert_context, **kwargs)
 
 
-class ExpertBlock(nn.Module):
+class ExpertBlock(Mixin):
     """Mixed in front of a decoder block's class: `h = h + FFN(n) + E_L(n)`, n the block's second RMSNorm output (Eq. 7).
 
     Eq. 7 taken literally would also add n itself, which would change the pretrained block; the figure shows the usual residual.
@@ -187,11 +187,6 @@ _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _CURE = "Use a Llama, Vicuna, Mistral, Qwen2, Qwen3 or SmolLM2 decoder, or set language_expert to null"
 
 
-@cache
-def _mixed(mixin: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
-    return type(f"{mixin.__name__.removesuffix('Block')}{stock.__name__}", (mixin, stock), {"__module__": __name__})
-
-
 def _llama_block(language_model: Any, layer: int) -> Any:
     if not hasattr(language_model, "layers"):
         raise ValueError(f"a language expert needs a decoder with `layers`; {type(language_model).__name__} has none. {_CURE}")
@@ -212,11 +207,11 @@ def install_experts(language_model: Any, layers: Sequence[int], guidance_layer: 
     """
     for index, layer in enumerate(layers):
         block = _llama_block(language_model, layer)
-        block.__class__ = _mixed(ExpertBlock, type(block))
+        block.__class__ = ExpertBlock.onto(type(block))
         block.expert_index = index
     if guidance_layer is not None and guidance_layer < layers[0]:
         block = language_model.layers[guidance_layer]
-        block.__class__ = _mixed(GuidanceBlock, type(block))
+        block.__class__ = GuidanceBlock.onto(type(block))
 
 
 def check_expert_weights(weights: ExpertWeights, batch: int) -> ExpertWeights:

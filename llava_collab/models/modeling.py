@@ -101,8 +101,9 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
             width, blocks = config.get_text_config().hidden_size, settings.blocks(config.get_text_config().num_hidden_layers)
             self.language_expert = HyperNetwork(width, width, width, len(blocks), settings)
             install_experts(self.language_model, blocks, settings.guidance_layer)
-        if config.low_rank is not None:
-            install_adapters(self, config.low_rank)
+        self.low_rank = config.low_rank
+        if self.low_rank is not None:
+            install_adapters(self, self.low_rank)
         self.post_init()
 
     @can_return_tuple
@@ -191,18 +192,25 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
 
     def _routing_context(self, call: _Call) -> AbstractContextManager[RoutingContext | None]:
         """What the adapter must know of a call, unless it needs nothing or a caller (a generation, a chat) holds one open."""
-        adapter, held = self.config.low_rank, current()
-        if adapter is None or not adapter.needs_context or held is not None:
+        adapter, held = self.low_rank, current()
+        if adapter is None or (held is not None and not held.pending):
             return nullcontext(held)
-        if call.cached:
+        by_sample = adapter.routing == "sample"
+        if not by_sample and not (adapter.needs_context and torch.is_grad_enabled()):
+            return nullcontext(held)
+        if call.cached and by_sample:
             raise ValueError(
                 "a filled key-value cache was passed outside the RoutingContext of the call that filled it, and the adapter's experts are "
                 "routed by sample: keep both calls inside one `with RoutingContext(...)`, as `generate` does, or prefill the prompt again"
             )
-        if call.segments is None:
+        prompt = call.prompt() if by_sample else None
+        if call.segments is not None:
+            prompt = call.segments.join(prompt) if prompt is not None else None
+            opened = RoutingContext(call.segments.ids_BT > 0, prompt, call.segments.samples())
+        else:
             mask = call.attention_mask
-            return RoutingContext(mask if mask is not None and mask.dim() == 2 else None, call.prompt())
-        return RoutingContext(call.segments.ids_BT > 0, call.segments.join(call.prompt()), call.segments.samples())
+            opened = RoutingContext(mask if mask is not None and mask.dim() == 2 else None, prompt)
+        return opened if held is None else nullcontext(held.take(opened))
 
     def _packed(self, segments: Segments, kwargs: dict[str, Any]) -> Segments:
         """`segments`, with what the decoder needs beside positions added to its keyword arguments."""
@@ -331,16 +339,16 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
         )
 
     def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any) -> Any:
-        """transformers' `generate`. ValueError for packed rows and, the language expert on, for decoding whose weights would be wrong."""
+        """transformers' `generate`. ValueError for packed rows and for decoding whose weights, written for the prompt, would be wrong."""
         if kwargs.get("segment_ids") is not None:
             raise ValueError("generate takes one sample a row: packed rows (segment_ids) are for training, a row goes on only at its end")
-        if self.config.language_expert is not None:
+        by_sample = self.model.low_rank is not None and self.model.low_rank.routing == "sample"
+        if self.config.language_expert is not None or by_sample:
             self._refuse_unsound_decoding(generation_config or self.generation_config, kwargs)
             mask = kwargs.get("attention_mask")
             if kwargs.get("guidance_mask") is None and mask is not None and mask.dim() == 2:
                 kwargs["guidance_mask"] = mask.bool()  # now, because a static cache turns the attention mask into a 4-D one
-        adapter = self.config.low_rank
-        with RoutingContext(*_masks(kwargs)) if adapter is not None and adapter.needs_context and current() is None else nullcontext():
+        with RoutingContext(pending=True) if by_sample and current() is None else nullcontext():
             return super().generate(inputs, generation_config, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def merge(self) -> NoReturn:
@@ -358,19 +366,17 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
         for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
             if asked(name) is not None:
                 raise ValueError(
-                    f"`{name}`: assisted decoding is not possible with the language expert on, whose weights are fixed at prefill of "
-                    "this model's own prompt. Drop it, or load the model with language_expert=null"
+                    f"`{name}`: assisted decoding is not possible with the language expert, or an adapter routed by sample: their weights "
+                    "are fixed at prefill of this model's own prompt. Drop it, or load the model with language_expert=null"
                 )
         if asked("prefill_chunk_size") is not None:
-            raise ValueError(
-                "`prefill_chunk_size`: the language expert pools guidance over the whole prompt, so the prompt can't be prefilled in chunks"
-            )
+            raise ValueError("`prefill_chunk_size`: weights are written from the whole prompt, so it can't be prefilled in chunks")
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        model_kwargs.pop("guidance_mask", None)  # what it was for is done; the prompt's shape is not the next call's
         if outputs.expert_weights is not None:
             model_kwargs["expert_weights"] = tuple(outputs.expert_weights)
-            model_kwargs.pop("guidance_mask", None)  # frozen with the weights; the prompt's shape is not the next call's
         if model_kwargs.get("use_cache", True):
             for name in ("image_features", "visual_expert_weights"):
                 model_kwargs.pop(name, None)
@@ -421,14 +427,6 @@ class _Call:
             guidance = self.segments.spread(guidance) if guidance is not None else None
             labels = self.segments.spread(labels, -100) if labels is not None else None
         return prompt_mask(guidance, mask, labels, shape, self.tokens.device)
-
-
-def _masks(kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    """What `generate` was told: real positions, and the prompt among them."""
-    mask = kwargs.get("attention_mask")
-    attended = mask if mask is not None and mask.dim() == 2 else None
-    guidance = kwargs.get("guidance_mask")
-    return attended, attended if guidance is None else guidance
 
 
 def _tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

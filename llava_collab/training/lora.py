@@ -55,6 +55,10 @@ def quantise(model: nn.Module, device: torch.device) -> None:
     """Store the language model's linear layers in 4 bits (NF4, bf16 arithmetic), in place, on a CUDA device (QLoRA, 2305.14314)."""
     import bitsandbytes as bnb  # pyright: ignore[reportMissingImports]
 
+    if getattr(model.config, "adapter", None) is not None:
+        raise RecipeError(
+            "tune.llm: lora4bit quantises plain linear layers, and this model's adapter has changed them: use tune.llm: frozen."
+        )
     blocks = model.get_submodule("model.language_model.layers")
     linears = [(name, module) for name, module in blocks.named_modules() if type(module) is nn.Linear]
     for name, linear in linears:

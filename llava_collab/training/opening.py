@@ -136,8 +136,6 @@ def open_student(recipe: Recipe, checkpoint: Path | None, device: torch.device) 
     else:
         model, processor = load(checkpoint, dtype=torch.float32)
     if recipe.tune.llm == "lora4bit":
-        if model.config.adapter is not None:
-            raise RecipeError("tune.llm: lora4bit quantises plain linear layers, and model.adapter has changed them; use tune.llm: frozen.")
         quantise(model, device)
     tuner = add_adapters(model, recipe.tune) if recipe.tune.adapted else None
     trainable = choose_trainable(model, recipe.tune)

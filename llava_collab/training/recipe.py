@@ -235,3 +235,7 @@ class Recipe:
             not (self.data.feature_cache and self.tune.unfreeze_vision_tower),
             "data.feature_cache stores the vision tower's output, so it can't be used with tune.unfreeze_vision_tower: switch one off.",
         )
+        _require(
+            not (self.tune.llm == "lora4bit" and self.model.adapter is not None),
+            "tune.llm: lora4bit quantises plain linear layers, and model.adapter changes them: use tune.llm: frozen.",
+        )
