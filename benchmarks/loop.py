@@ -124,9 +124,10 @@ class Job:
         model, processor = build(make_base(args.sizes, place, args.language_model, args.vision_tower))
         model.save_pretrained(place / "model")
         processor.save_pretrained(place / "model")
-        records = list(iter_records(args.data or make_data(args.sizes, place, POOL * args.batch_size)))
+        pool = max(POOL, args.steps) * args.batch_size
+        records = list(iter_records(args.data or make_data(args.sizes, place, pool)))
         random.Random(0).shuffle(records)  # noqa: S311 - samples, not secrets
-        records = records[: POOL * args.batch_size]
+        records = records[:pool]
         root = place if args.data is None else args.image_root or args.data.parent
         file = DataFile(str(place / "epoch.jsonl"), str(root))
         job = cls(args, place, DataRecipe((file,), args.sizes.max_length, max_bad_fraction=0.5))  # an epoch is made of the good ones
@@ -139,7 +140,7 @@ class Job:
             print(dataset.skips.text())
         good = [number for number in range(len(records)) if dataset.skips.get(number) is None]
         chosen = evenly([dataset.lengths[number] for number in good], args.batch_size, args.steps)
-        job._write([records[good[place]] for place in chosen])
+        job._write([records[good[number]] for number in chosen])
         return job
 
     def _write(self, records: Sequence[Any]) -> None:
