@@ -76,6 +76,25 @@ def train(recipe: Recipe) -> int:
     preflight(recipe, accelerator)
     if not open_run(recipe, accelerator):
         return 0
+    run, done = open_loop(recipe, accelerator)
+    student, engine, batches = run.student, run.engine, run.batches
+    accelerator.print(f"{batches.samples:,} samples, {run.steps:,} steps of {recipe.run.batch_size}, from step {done + 1}")
+
+    # The loop, then a plain model folder
+    code = learn(run, done)
+    if len(batches.skips):
+        accelerator.print(batches.skips.text())
+    weights = student.gather(engine) if code == 0 else {}
+    if code == 0 and accelerator.is_main_process:
+        merged = "" if student.tuner is None else " (adapters merged into the base; the last checkpoint keeps them apart)"
+        print(f"finished: the model is in {finish(recipe, student, engine, weights, run.steps)}{merged}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return code
+
+
+def open_loop(recipe: Recipe, accelerator: Accelerator) -> tuple[Run, int]:
+    """All that the loop works with, as an earlier start left it, and the steps that are done. The run folder is there (`open_run`)."""
     checkpoints = Checkpoints(Path(recipe.run.out), recipe.run.keep_last, accelerator)
     saved = checkpoints.newest_for_all(accelerator.print)
 
@@ -90,20 +109,7 @@ def train(recipe: Recipe) -> int:
     meter = Meter(student.model, recipe, accelerator)
     engine.start(student.model, student.trainable)
     run = Run(recipe, accelerator, student, engine, batches, meter, checkpoints, steps)
-    done = resume(run, saved) if saved else 0
-    accelerator.print(f"{batches.samples:,} samples, {steps:,} steps of {recipe.run.batch_size}, from step {done + 1}")
-
-    # The loop, then a plain model folder
-    code = learn(run, done)
-    if len(batches.skips):
-        accelerator.print(batches.skips.text())
-    weights = student.gather(engine) if code == 0 else {}
-    if code == 0 and accelerator.is_main_process:
-        merged = "" if student.tuner is None else " (adapters merged into the base; the last checkpoint keeps them apart)"
-        print(f"finished: the model is in {finish(recipe, student, engine, weights, steps)}{merged}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return code
+    return run, resume(run, saved) if saved else 0
 
 
 def learn(run: Run, done: int) -> int:

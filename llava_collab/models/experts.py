@@ -36,6 +36,7 @@ class HyperLlavaProjector(LlavaMultiModalProjector):
         self.visual_expert: HyperNetwork | None = None
         self.visual_expert_2: HyperNetwork | None = None
         settings = config.visual
+        self.class_token = settings is not None and settings.guidance == "cls"
         if settings is None:
             return
         width, inner, out = self.linear_1.in_features, self.linear_1.out_features, self.linear_2.out_features
@@ -45,7 +46,6 @@ class HyperLlavaProjector(LlavaMultiModalProjector):
             self.visual_expert_2 = HyperNetwork(width, inner, out, layers=1, config=settings)
         self.after_gelu = settings.insertion == "after_gelu"
         self.detach = settings.detach
-        self.class_token = settings.guidance == "cls"
 
     @property
     def experts(self) -> tuple[HyperNetwork, ...]:

@@ -224,7 +224,7 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
 
     def get_image_features(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stock LLaVA's; the class token stays in front where it is the visual expert's guidance (the projector takes it off)."""
-        if self.config.visual is not None and self.config.visual.guidance == "cls":
+        if self.multi_modal_projector.class_token:
             kwargs["vision_feature_select_strategy"] = "full"
         return super().get_image_features(pixel_values, *args, **kwargs)
 

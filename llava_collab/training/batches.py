@@ -119,6 +119,7 @@ class Batches:
             batch_sampler=Share(self._sampler, accelerator.process_index, accelerator.num_processes),  # pyright: ignore[reportArgumentType]
             collate_fn=WithSkips(collate),
             num_workers=workers,
+            pin_memory=torch.cuda.is_available(),  # copies to the device then need not be waited for
             timeout=LOADER_TIMEOUT if workers else 0,
             worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(recipe.run.seed),  # else each start draws from the generator that dropout uses

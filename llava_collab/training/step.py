@@ -83,7 +83,7 @@ def accumulate(engine: DataParallel, micro_batches: Sequence[Batch], supervised:
     """
     losses = []
     for number, batch in enumerate(micro_batches, start=1):
-        inputs = {key: value.to(engine.accelerator.device) for key, value in batch.items() if isinstance(value, Tensor)}
+        inputs = {key: value.to(engine.accelerator.device, non_blocking=True) for key, value in batch.items() if isinstance(value, Tensor)}
         loss = engine.forward(**inputs, num_items_in_batch=supervised, supervised_logits_only=True, use_cache=False)
         engine.backward(loss, last=number == len(micro_batches))
         losses.append(loss.detach())
