@@ -86,7 +86,7 @@ def _task(sources: Sources, task: str, split: str, most: int, seed: int) -> list
 
 def _row(item: Item, task: str, family: str, split: str, number: int, rng: random.Random) -> Row:
     """One line in LLaVA's format: the wording, and below it what is asked about. Test has wordings of its own."""
-    asked = phrase(family, split == "test", rng, book=BOOK, **item.slots)
+    asked = phrase(family, split == "test", rng, BOOK, **item.slots)
     prompt = f"{asked.prompt}\n\n{item.shown}" if item.shown else asked.prompt
     row: Row = {
         "id": f"cme-{family}-{split}-{number:05d}",

@@ -29,7 +29,7 @@ def phrases(book: Path = BOOK) -> dict[str, dict[str, list[str]]]:
     return yaml.safe_load(book.read_text(encoding="utf-8"))
 
 
-def phrase(family: str, held_out: bool, rng: random.Random, *, book: Path = BOOK, **slots: str) -> Asked:
+def phrase(family: str, held_out: bool, rng: random.Random, book: Path = BOOK, /, **slots: str) -> Asked:
     """The question in a random wording of the book, with a capital at its start."""
     options = phrases(book)[family]["held_out" if held_out else "known"]
     index = rng.randrange(len(options))
