@@ -63,7 +63,7 @@ def test_weights_and_experts_equal_the_loop_over_samples_layers_and_tokens(gener
             down, up = by_hand(net, guidance_BG[b], n)
             torch.testing.assert_close(whole.down[b, n], down, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(whole.up[b, n], up, rtol=1e-4, atol=1e-4)
-            got_TO = apply_expert(x_BTD, generated.layer(n), activation)[b]
+            got_TO = apply_expert(x_BTD, generated.layers()[n], activation)[b]
             for t in range(3):
                 torch.testing.assert_close(got_TO[t], expert_by_hand(net, x_BTD[b, t], down, up), rtol=1e-3, atol=1e-3)
 
@@ -78,7 +78,7 @@ def test_the_cheap_form_of_the_factorised_generator_is_the_materialised_product(
     for n in range(L):
         whole = tuple(weight[:, n] for weight in net.materialise(generated))
         torch.testing.assert_close(
-            apply_expert(x_BTD, generated.layer(n), activation), apply_expert(x_BTD, whole, activation), rtol=1e-11, atol=1e-11
+            apply_expert(x_BTD, generated.layers()[n], activation), apply_expert(x_BTD, whole, activation), rtol=1e-11, atol=1e-11
         )
 
 
@@ -86,7 +86,7 @@ def test_the_cheap_form_of_the_factorised_generator_is_the_materialised_product(
 def test_starts_at_exactly_zero_but_with_a_gradient(generator: str) -> None:
     net = make(trained=False, generator=generator)
     generated = net(torch.randn(2, G))
-    out = apply_expert(torch.randn(2, 5, D), generated.layer(0))
+    out = apply_expert(torch.randn(2, 5, D), generated.layers()[0])
     assert torch.equal(out, torch.zeros_like(out))
     assert abs(net.materialise(generated).down[0, 0].std().item() * D**0.5 - 1) < 0.4  # b_down ~ N(0, 1/D)
     (out * torch.randn_like(out)).sum().backward()
@@ -107,7 +107,7 @@ def test_every_parameter_moves_within_three_steps(generator: str) -> None:
     before = {name: parameter.clone() for name, parameter in net.named_parameters()}
     for _ in range(3):
         generated = net(guidance_BG)
-        loss = sum((apply_expert(x_BTD, generated.layer(n), "swiglu") - goal_BTO).square().sum() for n in range(L))
+        loss = sum((apply_expert(x_BTD, generated.layers()[n], "swiglu") - goal_BTO).square().sum() for n in range(L))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -116,7 +116,7 @@ def test_every_parameter_moves_within_three_steps(generator: str) -> None:
 
 def test_the_small_initialisation_is_almost_dead() -> None:
     net = make(trained=False, initialisation="small")
-    out = apply_expert(torch.randn(2, 5, D), net(torch.randn(2, G)).layer(0))
+    out = apply_expert(torch.randn(2, 5, D), net(torch.randn(2, G)).layers()[0])
     assert 0 < out.abs().max() < 1e-5 and not net.base.any()
 
 
@@ -133,7 +133,7 @@ def test_static_is_the_generator_without_what_it_generates(generator: str) -> No
     guidance_BG, x_BTD = torch.randn(3, G), torch.randn(3, 5, D)
     for n in range(L):
         torch.testing.assert_close(
-            apply_expert(x_BTD, static(guidance_BG).layer(n)), apply_expert(x_BTD, dynamic(guidance_BG).layer(n)), rtol=1e-5, atol=1e-5
+            apply_expert(x_BTD, static(guidance_BG).layers()[n]), apply_expert(x_BTD, dynamic(guidance_BG).layers()[n]), rtol=1e-5, atol=1e-5
         )
 
 

@@ -30,7 +30,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from .configuration import HyperLlavaConfig
-from .experts import ExpertContext, HyperLlavaProjector, check_expert_weights, install_experts, prompt_mask
+from .experts import ExpertContext, HyperLlavaProjector, check_expert_weights, install_experts, keep_beside, prompt_mask
 from .hypernetwork import ExpertWeights, HyperNetwork
 from .packing import Segments, read_segments, segment_starts, unpackable
 
@@ -334,7 +334,8 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
         if outputs.expert_weights is not None:
-            model_kwargs["expert_weights"] = tuple(outputs.expert_weights)
+            if model_kwargs.get("expert_weights") is None:
+                model_kwargs["expert_weights"] = keep_beside(outputs.past_key_values, tuple(outputs.expert_weights))
             model_kwargs.pop("guidance_mask", None)  # frozen with the weights; the prompt's shape is not the next call's
         if model_kwargs.get("use_cache", True):
             for name in ("image_features", "visual_expert_weights"):
