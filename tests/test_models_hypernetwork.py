@@ -131,10 +131,8 @@ def test_static_is_the_generator_without_what_it_generates(generator: str) -> No
             if not name.startswith(("encoder", "base")):
                 parameter.zero_()
     guidance_BG, x_BTD = torch.randn(3, G), torch.randn(3, 5, D)
-    for n in range(L):
-        torch.testing.assert_close(
-            apply_expert(x_BTD, static(guidance_BG).layers()[n]), apply_expert(x_BTD, dynamic(guidance_BG).layers()[n]), rtol=1e-5, atol=1e-5
-        )
+    for ours, theirs in zip(static(guidance_BG).layers(), dynamic(guidance_BG).layers(), strict=True):
+        torch.testing.assert_close(apply_expert(x_BTD, ours), apply_expert(x_BTD, theirs), rtol=1e-5, atol=1e-5)
 
 
 def test_constant_is_the_whole_generator_fed_with_one_guidance() -> None:

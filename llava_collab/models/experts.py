@@ -122,8 +122,8 @@ class ExpertContext:
         """Every layer's weights, made from `hidden_BTD` unless they are there already: one generator call a forward."""
         if self.generated is None:
             guidance_BD = self.guidance(hidden_BTD) if self.given is None else None
-            self.generated = self.generator(guidance_BD, self.given, _computed_in(hidden_BTD))
-            self._layers = self.generated.layers()
+            generated: Generated = self.generator(guidance_BD, self.given, _computed_in(hidden_BTD))
+            self.generated, self._layers = generated, generated.layers()
         return self._layers
 
 

@@ -239,23 +239,25 @@ class HyperNetwork(nn.Module):
         They come in `dtype` (default: that of the computation), cast once here and not by every layer that applies them. Nothing that
         comes out is a parameter itself: an engine that shards the module may free those after this call.
         """
-        own = getattr(torch, self.config.dtype)
+        own: torch.dtype = getattr(torch, self.config.dtype)
+        if given is not None and not self.factorised:  # a decoding step: nothing to do
+            return Generated(given, None).to(dtype or own)
         dtype = dtype or own
-        watched = self.monitor and guidance_BG is not None  # figures are of what was written, before the cast
+        first = own if self.monitor else dtype  # the figures are of what was written, before the cast
         with torch.autocast(self.base.device.type, enabled=False):
             if given is None:
                 assert guidance_BG is not None
                 if self.config.mode == "static":
-                    base_LW = _copied(self.base, own, own if watched else dtype)
+                    base_LW = _copied(self.base, own, first)
                     given = self._matrices(base_LW.expand(guidance_BG.shape[0], *base_LW.shape))
                 else:
                     given = self.decode(self.code(guidance_BG))
             factors = None
             if self.factorised:
-                down_HD, up_HO, base_LW = (_copied(p, own, own if watched else dtype) for p in (self.factor_down, self.factor_up, self.base))
+                down_HD, up_HO, base_LW = (_copied(p, own, first) for p in (self.factor_down, self.factor_up, self.base))
                 factors = Factors(down_HD, up_HO, *self._matrices(base_LW))
         generated = Generated(given, factors)
-        if watched and guidance_BG is not None:
+        if self.monitor and guidance_BG is not None:
             self._watch(generated, guidance_BG)
         return generated.to(dtype)
 
@@ -284,9 +286,10 @@ class HyperNetwork(nn.Module):
     def record_ratio(self, expert_BTO: Tensor, static_BTO: Tensor) -> None:
         """Keep |E(x)| / |static(x)| (RMS over the batch), while monitored; above 1 the expert drowns what it is added to."""
         if self.monitor and self._statistics:
-            norms = (torch.linalg.vector_norm(x.detach(), dtype=torch.float32) for x in (expert_BTO, static_BTO))
-            ratio = next(norms) / next(norms).clamp(min=1e-12)
-            self._statistics["output_ratio"] = torch.maximum(self._statistics.get("output_ratio", ratio), ratio)
+            expert, static = (torch.linalg.vector_norm(x.detach(), dtype=torch.float32) for x in (expert_BTO, static_BTO))
+            ratio = expert / static.clamp(min=1e-12)
+            highest = self._statistics.get("output_ratio")
+            self._statistics["output_ratio"] = ratio if highest is None else torch.maximum(highest, ratio)
 
     def statistics(self) -> dict[str, float]:
         """Scalars of the last monitored forward: norms, between-sample variance over squared mean, output ratio (max over layers)."""
