@@ -175,6 +175,23 @@ def test_statistics_see_collapse(generator: str) -> None:
     assert net.statistics()["up_between_sample_variance"] < 1e-9
 
 
+def test_statistics_are_of_samples_that_have_guidance() -> None:
+    """A dummy, whose guidance is zero, says nothing; one sample alone has no variance."""
+    net, guidance_BG = make(), torch.randn(5, G)
+    net.monitor = True
+    net(guidance_BG)
+    alone, whole = net.statistics(), net(guidance_BG).weights.up.detach().flatten(2)
+    spread = whole.var(0).sum() / whole.mean(0).square().sum()
+    assert alone["up_norm"] == pytest.approx(float(whole.norm(dim=-1).mean()), rel=1e-5)
+    assert alone["up_between_sample_variance"] == pytest.approx(float(spread), rel=1e-4)
+    net(torch.cat([guidance_BG, torch.zeros(3, G)]))
+    assert net.statistics() == pytest.approx(alone, rel=1e-4)
+    net(torch.cat([guidance_BG[:1], torch.zeros(3, G)]))
+    assert set(net.statistics()) == {"down_norm", "up_norm"}
+    net(torch.zeros(3, G))
+    assert net.statistics() == {}
+
+
 EXPERT_TENSORS_7B = {  # G1, b = 16, e = 64: encoder with bias, decoder weight + B2 + b(n), no separate W1
     "multi_modal_projector.visual_expert.encoder_weight": 1024 * 64,
     "multi_modal_projector.visual_expert.encoder_bias": 64,
