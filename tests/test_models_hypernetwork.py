@@ -158,6 +158,19 @@ def test_computes_in_its_own_dtype_whatever_is_around(dtype: str) -> None:
     assert net.decoder_weight.dtype == torch.float32
 
 
+def test_what_samples_and_layers_share_gathers_gradients_in_full_precision() -> None:
+    """301 is no bf16 number: a sum over so many samples that went through bf16 would miss it."""
+    static = make(mode="static")
+    static(torch.randn(301, G), dtype=torch.bfloat16).weights.down.sum().backward()
+    assert static.base.grad is not None and static.base.grad[:, : K * D].eq(301).all()
+    factorised = make(generator="factorised")
+    learned = factorised(torch.randn(2, G), dtype=torch.bfloat16)
+    assert learned.weights.down.dtype == torch.bfloat16 and learned.factors is not None
+    assert learned.factors.down_HD.dtype == learned.factors.base_up_LOK.dtype == torch.float32
+    with torch.no_grad():
+        assert {factor.dtype for factor in factorised(torch.randn(2, G), dtype=torch.bfloat16).factors} == {torch.bfloat16}
+
+
 def test_pools_ignore_padding_and_empty_rows() -> None:
     x_BTD = torch.randn(3, 4, 5)
     mask_BT = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()

@@ -58,9 +58,8 @@ class Generated(NamedTuple):
     factors: Factors | None
 
     def to(self, dtype: torch.dtype) -> Generated:
-        """The same in another dtype."""
-        weights = ExpertWeights(*(weight.to(dtype) for weight in self.weights))
-        return Generated(weights, None if self.factors is None else Factors(*(factor.to(dtype) for factor in self.factors)))
+        """The samples' own weights in another dtype, and what they share as it is."""
+        return Generated(ExpertWeights(*(weight.to(dtype) for weight in self.weights)), self.factors)
 
     def layers(self) -> tuple[tuple[Tensor, ...], ...]:
         """The arguments of `apply_expert`, layer by layer: views, and one stack in the backward pass (indexing would add up L tensors of
@@ -136,8 +135,8 @@ def last_marked(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
 class HyperNetwork(nn.Module):
     """Writes the weights of `layers` experts from one guidance vector a sample (Eqs. 3-4).
 
-    Parameters stay in fp32 and the generator computes in `config.dtype`, whatever the model's dtype or an autocast around it; the
-    generated weights are cast where they are applied. Everything is made in one call for all layers, so that a sharded module is
+    Parameters stay in fp32 and the generator computes in `config.dtype`, whatever the model's dtype or an autocast around it; what it
+    wrote is cast once, to what applies it. Everything is made in one call for all layers, so that a sharded module is
     gathered once a forward. In the `static` mode there are no codes and no decoder: K(n) = b(n), the expert's static twin.
     """
 
@@ -236,14 +235,15 @@ class HyperNetwork(nn.Module):
     def forward(self, guidance_BG: Tensor | None, given: ExpertWeights | None = None, dtype: torch.dtype | None = None) -> Generated:
         """The weights of all layers for each sample's guidance; or, with `given` ones of an earlier call, just what is shared beside them.
 
-        They come in `dtype` (default: that of the computation), cast once here and not by every layer that applies them. Nothing that
-        comes out is a parameter itself: an engine that shards the module may free those after this call.
+        They come in `dtype` (default: that of the computation), cast once here and not by every layer that applies them; what layers or
+        samples share is cast so only where nothing is learned, since its gradients are to be summed in full precision. Nothing that comes
+        out is a parameter itself: an engine that shards the module may free those after this call.
         """
         own: torch.dtype = getattr(torch, self.config.dtype)
         if given is not None and not self.factorised:  # a decoding step: nothing to do
             return Generated(given, None).to(dtype or own)
         dtype = dtype or own
-        first = own if self.monitor else dtype  # the figures are of what was written, before the cast
+        first = own if self.monitor or torch.is_grad_enabled() else dtype  # figures, too, are of what was written, before the cast
         with torch.autocast(self.base.device.type, enabled=False):
             if given is None:
                 assert guidance_BG is not None
