@@ -15,7 +15,6 @@ TeamLoRA's speed claim is the fusing, which anyone's MoELoRA can have.
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 import tyro
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from timing import Seconds, in_turns, plot_ratios, ratio, ratio_row
+from timing import Took, alternate, median, plot_ratios, ratio, ratio_row
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
@@ -234,20 +233,20 @@ def measure(args: Args, device: torch.device) -> tuple[list[dict[str, Any]], dic
         built = variants(args, base, k, device)
         for what in ("train step", "prefill", "decode"):
             runs = {name: getattr(variant, what.replace(" ", "_")) for name, variant in built.items()}
-            found = in_turns(runs, args.repeats, device, f"k={k}, {what}")
+            found = alternate(runs, args.repeats, 1, device, f"k={k}, {what}")
             report(k, what, found)
             for over, under, train, inference in COMPARED:
                 target = (train if what == "train step" else inference) if place == 0 else None
-                rows.append(ratio_row(f"{what}, k={k}: {over} / {under}", found[over], found[under], device, target))
+                rows.append(ratio_row(f"{what}, k={k}: {over} / {under}", found, over, under, device, target))
         del built
     return rows, {"model": f"{args.layers} blocks {args.width} x {args.inner}, {args.batch} x {args.tokens} tokens, r={args.rank}, {dtype}"}
 
 
-def report(k: int, what: str, found: dict[str, list[Seconds]]) -> None:
+def report(k: int, what: str, found: dict[str, list[Took]]) -> None:
     """Print medians, and each over LoRA of all columns."""
     print(f"\n{what}, k={k}\n| | ms | / LoRA kr |\n| --- | ---: | ---: |")
-    for name, seconds in found.items():
-        print(f"| {name} | {1000 * statistics.median(s.wall for s in seconds):.2f} | {ratio(seconds, found['LoRA kr']):.2f} |")
+    for name, took in found.items():
+        print(f"| {name} | {1000 * median(took).wall:.2f} | {ratio(found, name, 'LoRA kr').wall:.2f} |")
 
 
 def same_function(args: Args, device: torch.device) -> float:

@@ -1,68 +1,84 @@
-"""What the speed programs share: timing in turns, ratios of medians, and a plot of ratios."""
+"""Timing ways of doing one thing in turn, in one process: what the speed programs share.
+
+A GPU is timed with events around work that it alone does in between; a CPU by the clock and by its own seconds, which other programs on
+the machine do not lengthen as much.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+Work = Callable[[], object]
 
-class Seconds(NamedTuple):
-    """One measurement. On a CPU that others use as well, CPU seconds (of this process, all threads) are the ones to believe."""
+
+@dataclass(frozen=True)
+class Took:
+    """Seconds of one piece of work."""
 
     wall: float
     cpu: float
+    """CPU seconds of this process, all threads."""
 
 
-def in_turns(runs: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, what: str = "") -> dict[str, list[Seconds]]:
-    """Every run `repeats` times after one for warming up, in turns, the order reversed every other time."""
-    found: dict[str, list[Seconds]] = {name: [] for name in runs}
-    for repeat in tqdm(range(repeats + 1), desc=what, unit="round", leave=False):
-        for name in list(runs)[:: 1 if repeat % 2 else -1]:
-            seconds = timed(runs[name], device)
-            if repeat:
-                found[name].append(seconds)
+def timed(work: Work, device: torch.device) -> Took:
+    """Run it once; nothing that was asked for before is still running when it starts, nor it when this returns."""
+    cpu = time.process_time()
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return Took(time.perf_counter() - start, time.process_time() - cpu)
+    torch.cuda.synchronize(device)
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    work()
+    last.record()
+    torch.cuda.synchronize(device)
+    return Took(first.elapsed_time(last) / 1000, time.process_time() - cpu)
+
+
+def alternate(ways: Mapping[str, Work], rounds: int, warm_up: int, device: torch.device, label: str) -> dict[str, list[Took]]:
+    """Each way once a round, in an order that turns from round to round; the first `warm_up` rounds do not count."""
+    found: dict[str, list[Took]] = {name: [] for name in ways}
+    for number in tqdm(range(-warm_up, rounds), desc=label, unit="round", leave=False):
+        for name in list(ways) if number % 2 else list(ways)[::-1]:
+            took = timed(ways[name], device)
+            if number >= 0:
+                found[name].append(took)
     return found
 
 
-def timed(run: Callable[[], Any], device: torch.device) -> Seconds:
-    """One run, until the device has finished it."""
-    synchronise(device)
-    wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    synchronise(device)
-    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+def ratio(found: Mapping[str, list[Took]], over: str, under: str) -> Took:
+    """Median over rounds of one way's seconds over another's in the same round."""
+    pairs = list(zip(found[over], found[under], strict=True))
+    return Took(statistics.median(a.wall / b.wall for a, b in pairs), statistics.median(a.cpu / b.cpu for a, b in pairs))
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU; a CPU is always done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def median(took: list[Took]) -> Took:
+    """Median seconds of each kind."""
+    return Took(statistics.median(t.wall for t in took), statistics.median(t.cpu for t in took))
 
 
-def ratio(over: Sequence[Seconds], under: Sequence[Seconds], clock: str = "wall") -> float:
-    """The median of the ratios of neighbouring measurements."""
-    return statistics.median(getattr(a, clock) / getattr(b, clock) for a, b in zip(over, under, strict=True))
-
-
-def ratio_row(name: str, over: Sequence[Seconds], under: Sequence[Seconds], device: torch.device, target: float | None) -> dict[str, Any]:
-    """A row of a result file. Off a GPU the name says so, and there is no target: those are decided on one."""
-    on_gpu = device.type == "cuda"
-    row: dict[str, Any] = {"name": name if on_gpu else f"cpu: {name}", "value": round(ratio(over, under), 3), "unit": "ratio"}
-    row |= {"better": "lower", "target": target if on_gpu else None, "repeats": len(over)}
-    row["milliseconds"] = [round(1000 * statistics.median(s.wall for s in side), 2) for side in (over, under)]
-    if not on_gpu:
-        row["cpu_time_ratio"] = round(ratio(over, under, "cpu"), 3)
-    return row
+def ratio_row(
+    name: str, found: Mapping[str, list[Took]], over: str, under: str, device: torch.device, target: float | None
+) -> dict[str, Any]:
+    """A row of a result file. Off a GPU the name says so, and there is no target: targets are decided on one."""
+    on_gpu, both = device.type == "cuda", ratio(found, over, under)
+    row: dict[str, Any] = {"name": name if on_gpu else f"cpu: {name}", "value": round(both.wall, 3), "unit": "ratio", "better": "lower"}
+    row |= {"target": target if on_gpu else None, "repeats": len(found[over])}
+    row["milliseconds"] = [round(1000 * median(found[side]).wall, 2) for side in (over, under)]
+    return row if on_gpu else row | {"cpu_time_ratio": round(both.cpu, 3)}
 
 
 def plot_ratios(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Bars of ratios from top to bottom, 1 and the targets as lines."""
+    """Bars of ratios from top to bottom; 1 as a line, targets as marks."""
     import matplotlib
 
     matplotlib.use("Agg")

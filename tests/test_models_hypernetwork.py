@@ -63,7 +63,7 @@ def test_weights_and_experts_equal_the_loop_over_samples_layers_and_tokens(gener
             down, up = by_hand(net, guidance_BG[b], n)
             torch.testing.assert_close(whole.down[b, n], down, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(whole.up[b, n], up, rtol=1e-4, atol=1e-4)
-            got_TO = apply_expert(x_BTD, generated.layer(n), activation)[b]
+            got_TO = apply_expert(x_BTD, generated.layers()[n], activation)[b]
             for t in range(3):
                 torch.testing.assert_close(got_TO[t], expert_by_hand(net, x_BTD[b, t], down, up), rtol=1e-3, atol=1e-3)
 
@@ -78,7 +78,7 @@ def test_the_cheap_form_of_the_factorised_generator_is_the_materialised_product(
     for n in range(L):
         whole = tuple(weight[:, n] for weight in net.materialise(generated))
         torch.testing.assert_close(
-            apply_expert(x_BTD, generated.layer(n), activation), apply_expert(x_BTD, whole, activation), rtol=1e-11, atol=1e-11
+            apply_expert(x_BTD, generated.layers()[n], activation), apply_expert(x_BTD, whole, activation), rtol=1e-11, atol=1e-11
         )
 
 
@@ -86,7 +86,7 @@ def test_the_cheap_form_of_the_factorised_generator_is_the_materialised_product(
 def test_starts_at_exactly_zero_but_with_a_gradient(generator: str) -> None:
     net = make(trained=False, generator=generator)
     generated = net(torch.randn(2, G))
-    out = apply_expert(torch.randn(2, 5, D), generated.layer(0))
+    out = apply_expert(torch.randn(2, 5, D), generated.layers()[0])
     assert torch.equal(out, torch.zeros_like(out))
     assert abs(net.materialise(generated).down[0, 0].std().item() * D**0.5 - 1) < 0.4  # b_down ~ N(0, 1/D)
     (out * torch.randn_like(out)).sum().backward()
@@ -107,7 +107,7 @@ def test_every_parameter_moves_within_three_steps(generator: str) -> None:
     before = {name: parameter.clone() for name, parameter in net.named_parameters()}
     for _ in range(3):
         generated = net(guidance_BG)
-        loss = sum((apply_expert(x_BTD, generated.layer(n), "swiglu") - goal_BTO).square().sum() for n in range(L))
+        loss = sum((apply_expert(x_BTD, generated.layers()[n], "swiglu") - goal_BTO).square().sum() for n in range(L))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -116,7 +116,7 @@ def test_every_parameter_moves_within_three_steps(generator: str) -> None:
 
 def test_the_small_initialisation_is_almost_dead() -> None:
     net = make(trained=False, initialisation="small")
-    out = apply_expert(torch.randn(2, 5, D), net(torch.randn(2, G)).layer(0))
+    out = apply_expert(torch.randn(2, 5, D), net(torch.randn(2, G)).layers()[0])
     assert 0 < out.abs().max() < 1e-5 and not net.base.any()
 
 
@@ -131,10 +131,8 @@ def test_static_is_the_generator_without_what_it_generates(generator: str) -> No
             if not name.startswith(("encoder", "base")):
                 parameter.zero_()
     guidance_BG, x_BTD = torch.randn(3, G), torch.randn(3, 5, D)
-    for n in range(L):
-        torch.testing.assert_close(
-            apply_expert(x_BTD, static(guidance_BG).layer(n)), apply_expert(x_BTD, dynamic(guidance_BG).layer(n)), rtol=1e-5, atol=1e-5
-        )
+    for ours, theirs in zip(static(guidance_BG).layers(), dynamic(guidance_BG).layers(), strict=True):
+        torch.testing.assert_close(apply_expert(x_BTD, ours), apply_expert(x_BTD, theirs), rtol=1e-5, atol=1e-5)
 
 
 def test_constant_is_the_whole_generator_fed_with_one_guidance() -> None:
@@ -160,6 +158,19 @@ def test_computes_in_its_own_dtype_whatever_is_around(dtype: str) -> None:
     assert net.decoder_weight.dtype == torch.float32
 
 
+def test_what_samples_and_layers_share_gathers_gradients_in_full_precision() -> None:
+    """301 is no bf16 number: a sum over so many samples that went through bf16 would miss it."""
+    static = make(mode="static")
+    static(torch.randn(301, G), dtype=torch.bfloat16).weights.down.sum().backward()
+    assert static.base.grad is not None and static.base.grad[:, : K * D].eq(301).all()
+    factorised = make(generator="factorised")
+    learned = factorised(torch.randn(2, G), dtype=torch.bfloat16)
+    assert learned.weights.down.dtype == torch.bfloat16 and learned.factors is not None
+    assert learned.factors.down_HD.dtype == learned.factors.base_up_LOK.dtype == torch.float32
+    with torch.no_grad():
+        assert {factor.dtype for factor in factorised(torch.randn(2, G), dtype=torch.bfloat16).factors} == {torch.bfloat16}
+
+
 def test_pools_ignore_padding_and_empty_rows() -> None:
     x_BTD = torch.randn(3, 4, 5)
     mask_BT = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
@@ -175,6 +186,23 @@ def test_statistics_see_collapse(generator: str) -> None:
     assert net.statistics()["up_between_sample_variance"] > 1e-3
     net(torch.randn(1, G).expand(8, G))
     assert net.statistics()["up_between_sample_variance"] < 1e-9
+
+
+def test_statistics_are_of_samples_that_have_guidance() -> None:
+    """A dummy, whose guidance is zero, says nothing; one sample alone has no variance."""
+    net, guidance_BG = make(), torch.randn(5, G)
+    net.monitor = True
+    net(guidance_BG)
+    alone, whole = net.statistics(), net(guidance_BG).weights.up.detach().flatten(2)
+    spread = whole.var(0).sum() / whole.mean(0).square().sum()
+    assert alone["up_norm"] == pytest.approx(float(whole.norm(dim=-1).mean()), rel=1e-5)
+    assert alone["up_between_sample_variance"] == pytest.approx(float(spread), rel=1e-4)
+    net(torch.cat([guidance_BG, torch.zeros(3, G)]))
+    assert net.statistics() == pytest.approx(alone, rel=1e-4)
+    net(torch.cat([guidance_BG[:1], torch.zeros(3, G)]))
+    assert set(net.statistics()) == {"down_norm", "up_norm"}
+    net(torch.zeros(3, G))
+    assert net.statistics() == {}
 
 
 EXPERT_TENSORS_7B = {  # G1, b = 16, e = 64: encoder with bias, decoder weight + B2 + b(n), no separate W1

@@ -140,7 +140,7 @@ def test_a_step_that_is_not_finite_stops_before_the_update(
 def test_an_expert_that_is_not_used_is_found(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(experts, "apply_expert", lambda x, weights, _: x.new_zeros(*x.shape[:-1], weights[1].shape[1]))
+    monkeypatch.setattr(experts, "apply_expert", lambda x, weights, *_: x.new_zeros(*x.shape[:-1], weights[1].shape[1]))
     assert run_here("tiny-instruct", data, tmp_path / "run", *SHORT) == 1
     told = capsys.readouterr().err
     assert "error: step 1: 10 trainable parameters got no gradient" in told and "model.language_expert.decoder_weight" in told

@@ -79,10 +79,16 @@ class HyperLlavaProjector(LlavaMultiModalProjector):
 
 
 def _visual(expert: HyperNetwork, guidance_NV: Tensor, given: Any, x_NPD: Tensor, beside_NPD: Tensor) -> Tensor:
-    generated = expert(guidance_NV, None if given is None else ExpertWeights(*given))
-    out_NPD = apply_expert(x_NPD, generated.layer(0), expert.config.activation)
+    (weights,) = expert(guidance_NV, None if given is None else ExpertWeights(*given), _computed_in(x_NPD)).layers()
+    out_NPD = apply_expert(x_NPD, weights, expert.config.activation).to(x_NPD.dtype)
     expert.record_ratio(out_NPD, beside_NPD)
     return out_NPD
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """The dtype in which a product with x is computed."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class ExpertContext:
@@ -99,7 +105,9 @@ class ExpertContext:
         self.settings: LanguageExpertConfig = generator.config  # pyright: ignore[reportAttributeAccessIssue]
         self.guidance_mask_BT = guidance_mask_BT
         self.segments = segments
-        self.generated: Generated | None = generator(None, weights) if weights is not None else None
+        self.given = weights
+        self.generated: Generated | None = None
+        self._layers: tuple[tuple[Tensor, ...], ...] = ()
 
     def guidance(self, hidden_BTD: Tensor) -> Tensor:
         """[B, D] fp32, one vector a sample ([S, D] of packed rows)."""
@@ -110,12 +118,13 @@ class ExpertContext:
         guidance_BD = pool(hidden_BTD, self.guidance_mask_BT)
         return guidance_BD.detach() if self.settings.detach else guidance_BD
 
-    def fill(self, hidden_BTD: Tensor) -> Generated:
-        """The weights, made from `hidden_BTD` unless they are there already: one generator call a forward."""
-        generated = self.generated
-        if generated is None:
-            generated = self.generated = self.generator(self.guidance(hidden_BTD))
-        return generated
+    def fill(self, hidden_BTD: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """Every layer's weights, made from `hidden_BTD` unless they are there already: one generator call a forward."""
+        if self.generated is None:
+            guidance_BD = self.guidance(hidden_BTD) if self.given is None else None
+            generated: Generated = self.generator(guidance_BD, self.given, _computed_in(hidden_BTD))
+            self.generated, self._layers = generated, generated.layers()
+        return self._layers
 
 
 class GuidanceBlock(Mixin):
@@ -142,7 +151,7 @@ class ExpertBlock(Mixin):
         # In __call__, not in forward: gradient checkpointing wraps forward (or __call__ of the stock class) and would generate the
         # weights again in the backward pass. The checkpointed part gets them as positional tensors, right for both kinds of checkpoint.
         context = _present(expert_context)
-        weights = context.fill(hidden_states).layer(self.expert_index)
+        weights = context.fill(hidden_states)[self.expert_index]
         return super().__call__(hidden_states, *weights, generator=context.generator, segments=context.segments, **kwargs)
 
     def forward(
@@ -170,11 +179,20 @@ class ExpertBlock(Mixin):
         hidden_BTD = hidden_states + attended_BTD
         normed_BTD = self.post_attention_layernorm(hidden_BTD)
         static_BTD = self.mlp(normed_BTD)
+        if self._adds_in_place(hidden_BTD) and segments is None:
+            return apply_expert(normed_BTD, weights, generator.config.activation, onto_BTO=hidden_BTD + static_BTD)
         own = normed_BTD if segments is None else segments.spread(normed_BTD)
         expert = apply_expert(own, weights, generator.config.activation)
         expert_BTD = expert if segments is None else segments.join(expert)
         generator.record_ratio(expert_BTD, static_BTD)
         return hidden_BTD + static_BTD + expert_BTD
+
+    def _adds_in_place(self, hidden_BTD: Tensor) -> bool:
+        """Whether the up-projection adds itself to the rest: one kernel and two passes over memory less. Not in training, where the sum
+        needs its parts, nor compiled, where the sum is fused with what follows; fp32 keeps the order of sums that training has.
+        """
+        half = hidden_BTD.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(hidden_BTD.device.type)
+        return half and not self.training and not torch.compiler.is_compiling()
 
 
 def _present(context: ExpertContext | None) -> ExpertContext:
@@ -220,6 +238,24 @@ def check_expert_weights(weights: ExpertWeights, batch: int) -> ExpertWeights:
     if weights.down.shape[0] != batch:
         raise ValueError(f"expert_weights are of {weights.down.shape[0]} samples, the batch has {batch}: they belong to another call")
     return weights
+
+
+def keep_beside(cache: Any, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`weights` at the same address in every `generate` with this cache, if it is a static one: its own tensors are kept so too.
+
+    A CUDA graph reads such tensors where they are; others it would copy at every step, which takes as long as applying the experts.
+    """
+    if cache is None or not cache.is_compileable:
+        return weights
+    held = getattr(cache, "expert_weights", ())
+    if [(h.shape, h.dtype, h.device) for h in held] == [(w.shape, w.dtype, w.device) for w in weights]:
+        for kept, new in zip(held, weights, strict=True):
+            kept.copy_(new)
+        return held
+    cache.expert_weights = tuple(weight.clone(memory_format=torch.contiguous_format) for weight in weights)
+    for kept in cache.expert_weights:
+        torch._dynamo.mark_static_address(kept)
+    return cache.expert_weights
 
 
 def prompt_mask(

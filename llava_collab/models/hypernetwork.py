@@ -57,29 +57,51 @@ class Generated(NamedTuple):
     weights: ExpertWeights
     factors: Factors | None
 
-    def layer(self, index: int) -> tuple[Tensor, ...]:
-        """The arguments of `apply_expert` for one layer."""
-        own = (self.weights.down[:, index], self.weights.up[:, index])
+    def to(self, dtype: torch.dtype) -> Generated:
+        """The samples' own weights in another dtype, and what they share as it is."""
+        return Generated(ExpertWeights(*(weight.to(dtype) for weight in self.weights)), self.factors)
+
+    def layers(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The arguments of `apply_expert`, layer by layer: views, and one stack in the backward pass (indexing would add up L tensors of
+        L layers each).
+        """
+        own = zip(self.weights.down.unbind(1), self.weights.up.unbind(1), strict=True)
         if self.factors is None:
-            return own
-        factors = self.factors
-        return (*own, factors.down_HD, factors.up_HO, factors.base_down_LRD[index], factors.base_up_LOK[index])
+            return tuple(own)
+        down_HD, up_HO, base_down_LRD, base_up_LOK = self.factors
+        bases = zip(base_down_LRD.unbind(0), base_up_LOK.unbind(0), strict=True)
+        return tuple((*layer, down_HD, up_HO, *base) for layer, base in zip(own, bases, strict=True))
 
 
-def apply_expert(x_BTD: Tensor, weights: tuple[Tensor, ...], activation: str = "silu") -> Tensor:
-    """Eq. 5 for a batch, every sample with its own weights: `W_up act(W_down x)`, shape [B, T, O], in x's dtype.
+def apply_expert(x_BTD: Tensor, weights: tuple[Tensor, ...], activation: str = "silu", onto_BTO: Tensor | None = None) -> Tensor:
+    """Eq. 5 for a batch, every sample with its own weights: `W_up act(W_down x)`, shape [B, T, O], in x's dtype or the autocast's.
 
     `weights`: down [B, R, D] and up [B, O, K]; or factors [B, R, H] and [B, K, H] with the shared W2 and b, which are applied in an
-    order that never writes out a sample's matrix: `(A W2 + b) x = A (W2 x) + b x`.
+    order that never writes out a sample's matrix: `(A W2 + b) x = A (W2 x) + b x`. With `onto_BTO`, of x's dtype, the result is added
+    to it in place: for inference, and never under autocast.
     """
-    down, up, *shared = (weight.to(x_BTD.dtype) for weight in weights)
+    if not torch.is_autocast_enabled(x_BTD.device.type):
+        weights = tuple(weight.to(x_BTD.dtype) for weight in weights)
+    down, up, *shared = weights
     if not shared:
-        hidden_BTK = _activate(torch.bmm(x_BTD, down.transpose(1, 2)), activation)
-        return torch.bmm(hidden_BTK, up.transpose(1, 2)).to(x_BTD.dtype)
+        hidden_BTK = _activate(_own_product(x_BTD, down), activation)
+        return _own_product(hidden_BTK, up) if onto_BTO is None else onto_BTO.baddbmm_(hidden_BTK, up.transpose(1, 2))
     down_HD, up_HO, base_down_RD, base_up_OK = shared
-    rows_BTR = torch.bmm(F.linear(x_BTD, down_HD), down.transpose(1, 2)) + F.linear(x_BTD, base_down_RD)
+    rows_BTR = _own_product(F.linear(x_BTD, down_HD), down) + F.linear(x_BTD, base_down_RD)
     hidden_BTK = _activate(rows_BTR, activation)
-    return (torch.bmm(hidden_BTK, up) @ up_HO + F.linear(hidden_BTK, base_up_OK)).to(x_BTD.dtype)
+    out_BTO = _own_product(hidden_BTK, up.transpose(1, 2)) @ up_HO + F.linear(hidden_BTK, base_up_OK)
+    return out_BTO if onto_BTO is None else onto_BTO.add_(out_BTO)
+
+
+def _own_product(x_BTI: Tensor, matrix_BOI: Tensor) -> Tensor:
+    """Every sample's tokens times its own matrix, [B, T, O].
+
+    A compiled decode step gets it in products and sums: the compiler fuses those with what stands around them, on a GPU it would leave
+    a bmm alone between two other kernels.
+    """
+    if torch.compiler.is_compiling() and x_BTI.shape[1] == 1:
+        return (x_BTI * matrix_BOI).sum(-1).unsqueeze(1)
+    return torch.bmm(x_BTI, matrix_BOI.transpose(1, 2))
 
 
 def _activate(rows_BTR: Tensor, activation: str) -> Tensor:
@@ -87,6 +109,14 @@ def _activate(rows_BTR: Tensor, activation: str) -> Tensor:
         gate_BTK, value_BTK = rows_BTR.chunk(2, dim=-1)
         return F.silu(gate_BTK) * value_BTK
     return F.silu(rows_BTR) if activation == "silu" else F.gelu(rows_BTR)
+
+
+def _copied(parameter: Tensor, *dtypes: torch.dtype) -> Tensor:
+    """Cast to one dtype after the other; never the parameter itself."""
+    out = parameter
+    for dtype in dtypes:
+        out = out.to(dtype)
+    return out.clone() if out is parameter else out
 
 
 def masked_mean(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
@@ -105,8 +135,8 @@ def last_marked(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
 class HyperNetwork(nn.Module):
     """Writes the weights of `layers` experts from one guidance vector a sample (Eqs. 3-4).
 
-    Parameters stay in fp32 and the generator computes in `config.dtype`, whatever the model's dtype or an autocast around it; the
-    generated weights are cast where they are applied. Everything is made in one call for all layers, so that a sharded module is
+    Parameters stay in fp32 and the generator computes in `config.dtype`, whatever the model's dtype or an autocast around it; what it
+    wrote is cast once, to what applies it. Everything is made in one call for all layers, so that a sharded module is
     gathered once a forward. In the `static` mode there are no codes and no decoder: K(n) = b(n), the expert's static twin.
     """
 
@@ -202,28 +232,34 @@ class HyperNetwork(nn.Module):
         down_xW, up_xW = weights_xW.split([self._down_size, weights_xW.shape[-1] - self._down_size], dim=-1)
         return ExpertWeights(down_xW.unflatten(-1, (self.rows, self.in_width)), up_xW.unflatten(-1, (self.out_width, -1)))
 
-    def forward(self, guidance_BG: Tensor | None, given: ExpertWeights | None = None) -> Generated:
+    def forward(self, guidance_BG: Tensor | None, given: ExpertWeights | None = None, dtype: torch.dtype | None = None) -> Generated:
         """The weights of all layers for each sample's guidance; or, with `given` ones of an earlier call, just what is shared beside them.
 
-        Nothing that comes out is a parameter itself: an engine that shards the module may free those after this call.
+        They come in `dtype` (default: that of the computation), cast once here and not by every layer that applies them; what layers or
+        samples share is cast so only where nothing is learned, since its gradients are to be summed in full precision. Nothing that comes
+        out is a parameter itself: an engine that shards the module may free those after this call.
         """
+        own: torch.dtype = getattr(torch, self.config.dtype)
+        if given is not None and not self.factorised:  # a decoding step: nothing to do
+            return Generated(given, None).to(dtype or own)
+        dtype = dtype or own
+        first = own if self.monitor or torch.is_grad_enabled() else dtype  # figures, too, are of what was written, before the cast
         with torch.autocast(self.base.device.type, enabled=False):
-            dtype = getattr(torch, self.config.dtype)
             if given is None:
                 assert guidance_BG is not None
                 if self.config.mode == "static":
-                    base_LW = self.base.to(dtype, copy=True)
+                    base_LW = _copied(self.base, own, first)
                     given = self._matrices(base_LW.expand(guidance_BG.shape[0], *base_LW.shape))
                 else:
                     given = self.decode(self.code(guidance_BG))
             factors = None
             if self.factorised:
-                shared = (self.factor_down.to(dtype, copy=True), self.factor_up.to(dtype, copy=True))
-                factors = Factors(*shared, *self._matrices(self.base.to(dtype, copy=True)))
+                down_HD, up_HO, base_LW = (_copied(p, own, first) for p in (self.factor_down, self.factor_up, self.base))
+                factors = Factors(down_HD, up_HO, *self._matrices(base_LW))
         generated = Generated(given, factors)
         if self.monitor and guidance_BG is not None:
             self._watch(generated, guidance_BG)
-        return generated
+        return generated.to(dtype)
 
     @staticmethod
     def materialise(generated: Generated) -> ExpertWeights:
@@ -236,23 +272,29 @@ class HyperNetwork(nn.Module):
 
     @torch.no_grad()
     def _watch(self, generated: Generated, guidance_BG: Tensor) -> None:
-        present_B = guidance_BG.abs().sum(-1) > 0  # dummy samples (no image) say nothing about the experts
-        self._statistics = {}
-        for name, w in self.materialise(generated)._asdict().items():
-            w = w.detach().float()[present_B]
-            if w.shape[0] == 0:
-                continue
-            self._statistics[f"{name}_norm"] = w.flatten(2).norm(dim=-1).mean()
-            if w.shape[0] > 1:  # near zero = the generator collapsed to a static expert
-                spread = w.var(dim=0, unbiased=True).sum() / w.mean(dim=0).square().sum().clamp(min=1e-20)
-                self._statistics[f"{name}_between_sample_variance"] = spread
+        present_B = (guidance_BG.abs().sum(-1) > 0).float()  # dummy samples (no image) say nothing about the experts
+        count = present_B.sum()
+        self._statistics = {"samples": count}
+        for name, w_BLIJ in self.materialise(generated)._asdict().items():
+            w_BLW = w_BLIJ.detach().float().flatten(2)
+            self._statistics[f"{name}_norm"] = (w_BLW.norm(dim=-1).mean(1) * present_B).sum() / count
+            mean_LW = torch.tensordot(present_B, w_BLW, 1) / count
+            spread_B = (w_BLW - mean_LW).square().sum((1, 2))
+            spread = (spread_B * present_B).sum() / (count - 1) / mean_LW.square().sum().clamp(min=1e-20)
+            self._statistics[f"{name}_between_sample_variance"] = spread  # near zero = the generator collapsed to a static expert
 
     def record_ratio(self, expert_BTO: Tensor, static_BTO: Tensor) -> None:
         """Keep |E(x)| / |static(x)| (RMS over the batch), while monitored; above 1 the expert drowns what it is added to."""
-        if self.monitor and self._statistics:  # empty: no sample of the batch has guidance, so the figures are of dummies
-            ratio = expert_BTO.detach().float().norm() / static_BTO.detach().float().norm().clamp(min=1e-12)
-            self._statistics["output_ratio"] = torch.maximum(self._statistics.get("output_ratio", ratio), ratio)
+        if self.monitor and self._statistics:
+            expert, static = (torch.linalg.vector_norm(x.detach(), dtype=torch.float32) for x in (expert_BTO, static_BTO))
+            ratio = expert / static.clamp(min=1e-12)
+            highest = self._statistics.get("output_ratio")
+            self._statistics["output_ratio"] = ratio if highest is None else torch.maximum(highest, ratio)
 
     def statistics(self) -> dict[str, float]:
         """Scalars of the last monitored forward: norms, between-sample variance over squared mean, output ratio (max over layers)."""
-        return {name: float(value) for name, value in self._statistics.items()}
+        figures = {name: float(value) for name, value in self._statistics.items()}  # the first wait for the device
+        samples = figures.pop("samples", 0)
+        if samples == 0:  # no sample of the batch had guidance: the figures are of dummies
+            return {}
+        return figures if samples > 1 else {name: value for name, value in figures.items() if not name.endswith("variance")}

@@ -34,7 +34,7 @@ from ..adapters.install import install_adapters
 from ..adapters.layer import LowRankExperts
 from ..adapters.routing import RoutingContext, checkpoint_context, current
 from .configuration import HyperLlavaConfig
-from .experts import ExpertContext, HyperLlavaProjector, check_expert_weights, install_experts, prompt_mask
+from .experts import ExpertContext, HyperLlavaProjector, check_expert_weights, install_experts, keep_beside, prompt_mask
 from .hypernetwork import ExpertWeights, HyperNetwork
 from .packing import Segments, read_segments, segment_starts, unpackable
 
@@ -376,7 +376,8 @@ class HyperLlavaForConditionalGeneration(_HyperLlava, LlavaForConditionalGenerat
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
         model_kwargs.pop("guidance_mask", None)  # what it was for is done; the prompt's shape is not the next call's
         if outputs.expert_weights is not None:
-            model_kwargs["expert_weights"] = tuple(outputs.expert_weights)
+            if model_kwargs.get("expert_weights") is None:
+                model_kwargs["expert_weights"] = keep_beside(outputs.past_key_values, tuple(outputs.expert_weights))
         if model_kwargs.get("use_cache", True):
             for name in ("image_features", "visual_expert_weights"):
                 model_kwargs.pop(name, None)

@@ -43,13 +43,13 @@ class Segments:
         if x_BTx.shape[:2] != self.ids_BT.shape:
             raise ValueError(f"a tensor of shape {tuple(x_BTx.shape)} beside segment_ids of shape {tuple(self.ids_BT.shape)}")
         out = x_BTx.new_full((self.count * self.longest, *x_BTx.shape[2:]), fill)
-        out = out.index_copy(0, self.place_N, x_BTx.flatten(0, 1).index_select(0, self.token_N))
+        out.index_copy_(0, self.place_N, x_BTx.flatten(0, 1).index_select(0, self.token_N))
         return out.unflatten(0, (self.count, self.longest))
 
     def join(self, x_SLx: Tensor) -> Tensor:
         """[S, L, ...] back to [B, T, ...]; padding gets zeros."""
         out = x_SLx.new_zeros((self.ids_BT.numel(), *x_SLx.shape[2:]))
-        out = out.index_copy(0, self.token_N, x_SLx.flatten(0, 1).index_select(0, self.place_N))
+        out.index_copy_(0, self.token_N, x_SLx.flatten(0, 1).index_select(0, self.place_N))
         return out.unflatten(0, tuple(self.ids_BT.shape))
 
     def samples(self) -> Tensor:
