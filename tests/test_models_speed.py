@@ -74,7 +74,7 @@ def test_adding_in_place_is_adding(experts: dict) -> None:
     assert not torch.equal(zeros.logits, evaluated.logits)
 
 
-@pytest.mark.parametrize("experts", [BOTH, FACTORISED], ids=["shared", "factorised"])
+@pytest.mark.parametrize("experts", [BOTH, FACTORISED, BOTH | {"adapter": {"rank": 2}}], ids=["shared", "factorised", "adapted"])
 def test_decoding_compiles_to_one_graph_that_serves_every_step_and_question(experts: dict) -> None:
     """As `generate` compiles it on a GPU. With fullgraph a break is an error; the answers are those of the model as it is."""
     torch.compiler.reset()

@@ -192,11 +192,11 @@ class HyperLlavaModel(_HyperLlava, LlavaModel):
 
     def _routing_context(self, call: _Call) -> AbstractContextManager[RoutingContext | None]:
         """What the adapter must know of a call, unless it needs nothing or a caller (a generation, a chat) holds one open."""
-        adapter, held = self.low_rank, current()
-        if adapter is None or (held is not None and not held.pending):
-            return nullcontext(held)
-        by_sample = adapter.routing == "sample"
-        if not by_sample and not (adapter.needs_context and torch.is_grad_enabled()):
+        adapter = self.low_rank
+        if adapter is None or not adapter.needs_context:
+            return nullcontext()
+        held, by_sample = current(), adapter.routing == "sample"
+        if (held is not None and not held.pending) or not (by_sample or torch.is_grad_enabled()):
             return nullcontext(held)
         if call.cached and by_sample:
             raise ValueError(
