@@ -14,7 +14,7 @@ Weights are random, the generated ones not zero; both models hold the very same 
     shares    a pass under torch.profiler: writing weights, applying them, all else; and how long the device waits for launches
 
 A ratio is ours over stock's in the same round, both in turn in one process; the median of rounds counts. Beside it stand the floors: the
-ratio of FLOPs (by formula and by torch's counter) and, for decoding, of the bytes that a step has to read.
+ratio of FLOPs (by formula and by torch's counter) and, for decoding, of the bytes that a step has to read; on a GPU also peak memory.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Args:
     steps: int = 8
     """Tokens decoded in a round."""
     rounds: int = 0
-    """Rounds that count (default: 20 on a GPU, 9 on a CPU)."""
+    """Rounds that count (default: 20 on a GPU, 15 on a CPU)."""
     out: Path = ROOT / "benchmarks" / "results" / "hyperllava.json"
     """Result file; the plot stands beside it."""
 
@@ -84,7 +84,7 @@ class Bench:
 
     @property
     def rounds(self) -> int:
-        return self.args.rounds or (20 if self.gpu else 9)
+        return self.args.rounds or (20 if self.gpu else 15)
 
     def add(self, name: str, value: float, unit: str = "ratio", target: float | None = None, **more: Any) -> None:
         """A row, printed as it comes."""
@@ -104,22 +104,24 @@ class Bench:
             about: dict[str, Any] = {"milliseconds": _milliseconds(own, per), "stock_milliseconds": _milliseconds(stock, per)}
             about |= {"flop_floor": round(floor.formula, 5), "flop_floor_counted": round(floor.counted, 5)}
             about |= {"cpu_time_ratio": round(got.cpu, 4)} | more
-            if way == "ours":
-                self.add(name, got.wall, target=target, **about, **self.peaks(ways))
-            else:
-                self.add(f"{name}, {way.removeprefix('ours, ')}", got.wall, **about)
+            name_here = name if way == "ours" else f"{name}, {way.removeprefix('ours, ')}"
+            self.add(name_here, got.wall, target=target if way == "ours" else None, **about)
 
-    def peaks(self, ways: Mapping[str, Work]) -> dict[str, Any]:
-        """GiB at most of ours and of stock, which is not billed for the experts' parameters and moments that lie beside it."""
+    def memory(self, pair: Pair, name: str, stock: Work, ours: Work) -> None:
+        """A row: the most memory that ours allocates over the most that stock does, which is not billed for the experts beside it."""
         if not self.gpu:
-            return {}
-        found = {}
-        for way in ("ours", "stock"):
+            return
+        peaks = []
+        for work in (stock, ours):  # in this order: ours leaves the moments of its experts behind
+            work()
+            free()
             torch.cuda.reset_peak_memory_stats(self.device)
-            ways[way]()
+            work()
             torch.cuda.synchronize(self.device)
-            found[way] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        return {"peak_gib": round(found["ours"], 3), "stock_peak_gib_with_experts_idle": round(found["stock"], 3)}
+            peaks.append(torch.cuda.max_memory_allocated(self.device))
+        peaks[0] -= sum(parameter.numel() * parameter.element_size() for expert in pair.experts for parameter in expert.parameters())
+        gib = {"gib": round(peaks[1] / 2**30, 3), "stock_gib": round(peaks[0] / 2**30, 3)}
+        self.add(f"peak memory, {name}", peaks[1] / peaks[0], **gib)
 
 
 def _milliseconds(took: Took, per: int) -> float:
@@ -170,6 +172,7 @@ def _train(bench: Bench, pair: Pair) -> None:
     language = pair.ours.model.language_expert.layers
     about = {"blocks": pair.sizes.blocks, "expert_blocks": language, "batch": bench.args.train_batch, "tokens": pair.sizes.tokens}
     name = f"train step, {pair.sizes.blocks} blocks ({language} with experts), batch {bench.args.train_batch}"
+    bench.memory(pair, name, ways["stock"], ways["ours"])
     bench.compare(name, ways, floor, TARGETS["train"], **about)
     if "shares" in bench.args.parts:
         shares(bench, name, ways["ours"])
@@ -182,6 +185,7 @@ def prefill(bench: Bench, pair: Pair, batch: int) -> None:
     ways = {way: (lambda model=model: read(model, inputs)) for way, model in (("stock", pair.stock), ("ours", pair.ours))}
     flops = [counted(lambda model=model: read(model, single)) for model in (pair.ours, pair.stock)]
     floor = Floor(formula(pair, pair.sizes.tokens, 0, 1), flops[0] / flops[1])
+    bench.memory(pair, f"prefill, batch {batch}", ways["stock"], ways["ours"])
     bench.compare(f"prefill, batch {batch}", ways, floor, TARGETS["prefill"], batch=batch, tokens=pair.sizes.tokens)
 
 
@@ -193,16 +197,17 @@ def read(model: Any, inputs: dict[str, Tensor], cache: Any = None) -> Any:
 
 def decode(bench: Bench, pair: Pair, batch: int, graphs: bool) -> None:
     """Tokens behind a prompt, one by one."""
-    args, length = bench.args, pair.sizes.tokens
-    if graphs:  # a static cache is read to its end whatever it holds
-        length += args.steps * (bench.rounds + 5)
+    args, name = bench.args, f"decode, batch {batch}, {'static cache and CUDA graphs' if graphs else 'eager'}"
+    length = pair.sizes.tokens + args.steps
+    models = (("stock", pair.stock), ("ours", pair.ours))
+    if graphs:
         torch.compiler.reset()
-    ways = {
-        way: decoder(bench, model, pair, batch, length if graphs else None) for way, model in (("stock", pair.stock), ("ours", pair.ours))
-    }
+    else:
+        whole = [lambda model=model: decoder(bench, model, pair, batch, None)() for _, model in models]
+        bench.memory(pair, f"prefill and decode, batch {batch}", *whole)
+    ways = {way: decoder(bench, model, pair, batch, length if graphs else None) for way, model in models}
     flops = [counted(decoder(bench, model, pair, 1, None, steps=1, compiled=False)) for model in (pair.ours, pair.stock)]
     floor = Floor(formula(pair, 1, pair.sizes.tokens, 1, images=0), flops[0] / flops[1])
-    name = f"decode, batch {batch}, {'static cache and CUDA graphs' if graphs else 'eager'}"
     target = TARGETS["graphs"] if graphs and batch == 16 else None
     byte_floor = round(decode_bytes(pair, batch, length), 5)
     bench.compare(name, ways, floor, target, per=args.steps, byte_floor=byte_floor, batch=batch, cache_length=length)
@@ -232,6 +237,9 @@ def decoder(bench: Bench, model: Any, pair: Pair, batch: int, static: int | None
             forward(input_ids=ids_B1, past_key_values=cache, use_cache=True, logits_to_keep=1, **more)
         if not static:
             cache.crop(-count)
+            return
+        for layer in cache.layers:  # which has no crop; in place, since a graph reads it where it is
+            layer.cumulative_length.sub_(count)
 
     return run
 
@@ -325,7 +333,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [row for row in rows if row["unit"] == "ratio"][::-1]
+    shown = [row for row in rows if "flop_floor" in row][::-1]
     figure, axes = plt.subplots(figsize=(9, 0.42 * len(shown) + 1.3), layout="constrained")
     heights = range(len(shown))
     axes.barh(heights, [row["value"] - 1 for row in shown], left=1, height=0.55, color="#0072B2", label="measured: ours / stock")
@@ -357,7 +365,7 @@ def main(args: Args) -> None:
     sizes = SEVEN_B if bench.gpu else SMALL
     about = {"shapes": "LLaVA-1.5 7B, CLIP-L/336" if bench.gpu else f"width {sizes.width}, {sizes.blocks} blocks", "rounds": bench.rounds}
     write_results(args.out, bench.rows, **about, learned="all but the tower; experts in the later half of the blocks, K 16, C 64")
-    if any(row["unit"] == "ratio" for row in bench.rows):
+    if any("flop_floor" in row for row in bench.rows):
         plot(bench.rows, args.out.with_suffix(".png"))
 
 
