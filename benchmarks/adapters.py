@@ -27,9 +27,10 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from timing import Took, alternate, median, plot_ratios, ratio, ratio_row
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from llava_collab.adapters import AdapterConfig
+from llava_collab.adapters import AdapterConfig, LowRankExperts
 from llava_collab.adapters.install import install_adapters
 from llava_collab.evaluation.environment import write_results
 
@@ -268,6 +269,35 @@ def same_function(args: Args, device: torch.device) -> float:
         return float((F.mse_loss(ours(x), loop(x), reduction="none").sqrt()).max())
 
 
+class Operations(TorchDispatchMode):
+    """Counts operations that are no views: on a GPU about as many kernels are launched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.count += not any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns)
+        return func(*args, **(kwargs or {}))
+
+
+def operations(args: Args) -> list[dict[str, Any]]:
+    """Rows: operations of one adapted layer in a train step under a bf16 autocast, forward and backward, the static layer's left out."""
+    rows = []
+    for method in ("lora", "moelora", "hydralora", "teamlora"):
+        layer = LowRankExperts(64, 64, AdapterConfig.read({"method": method, "rank": 8, "dropout": args.dropout})).train()
+        x, static = (torch.randn(2, 8, 64, requires_grad=True) for _ in range(2))
+        with Operations() as counted, torch.autocast("cpu", torch.bfloat16):
+            out = layer(x, static)
+        forward = counted.count
+        with counted:
+            out.float().sum().backward()
+        row = {"name": f"operations of a layer, train step: {method}", "value": counted.count, "unit": "operations", "better": "lower"}
+        rows.append(row | {"target": None, "forward": forward})
+        print(f"{method}: {forward} operations forward, {counted.count - forward} backward")
+    return rows
+
+
 def main(args: Args) -> None:
     """Measure, print, write, plot."""
     device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
@@ -275,6 +305,7 @@ def main(args: Args) -> None:
     difference = same_function(args, device)
     print(f"MoELoRA fused and unfused on the same numbers: largest difference {difference:.1e}")
     rows, about = measure(args, device)
+    rows += operations(args)
     rows.append(
         {"name": "MoELoRA fused against unfused: largest difference", "value": difference, "unit": "", "better": "lower", "target": 1e-5}
     )
