@@ -82,10 +82,10 @@ class UnfusedMoeLora(nn.Module):
         self.router = nn.Linear(base.in_features, experts, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out, weights = self.base(x), self.router(x).float().softmax(-1).to(x.dtype)
+        out, weights = self.base(x), (self.router(x).float().softmax(-1) * self.scale).to(x.dtype)
         for number, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
             z = down(self.dropout(x)) if self.at_input else self.dropout(down(x))
-            out = out + up(z) * weights[..., number, None] * self.scale
+            out = out + up(z) * weights[..., number, None]
         return out
 
 
