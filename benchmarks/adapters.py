@@ -71,7 +71,8 @@ class Args:
 class UnfusedMoeLora(nn.Module):
     """A frozen linear layer and k LoRAs, each through two products of its own, weighed by a softmax router: MoELoRA as published.
 
-    Dropout falls on what A reads, as in peft's LoRA and those who build on it, or on what it gives, as in TeamLoRA and our layer.
+    The weight is put on the narrow side of an expert's second product, where it costs least. Dropout falls on what A reads, as in peft's
+    LoRA and those who build on it, or on what it gives, as in TeamLoRA and our layer.
     """
 
     def __init__(self, base: nn.Linear, experts: int, rank: int, alpha: float, dropout: float, at_input: bool) -> None:
@@ -85,7 +86,7 @@ class UnfusedMoeLora(nn.Module):
         out, weights = self.base(x), (self.router(x).float().softmax(-1) * self.scale).to(x.dtype)
         for number, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
             z = down(self.dropout(x)) if self.at_input else self.dropout(down(x))
-            out = out + up(z) * weights[..., number, None]
+            out = out + up(z * weights[..., number, None])
         return out
 
 

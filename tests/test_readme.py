@@ -87,3 +87,18 @@ def test_the_fault_table_is_that_of_the_campaign() -> None:
     for kind, lost in kinds.items():
         found = re.search(rf"^\| {re.escape(kind)} \| \d+ \| \d+ \| (\d+) \| 0 \|$", page, re.MULTILINE)
         assert found and int(found.group(1)) == lost, kind
+
+
+def test_the_speed_tables_are_those_of_the_programs() -> None:
+    page, found = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8"), 0
+    for program in ("adapters", "hyperllava", "loop"):
+        for row in json.loads((ROOT / f"benchmarks/results/{program}.json").read_text(encoding="utf-8")):
+            line = re.search(rf"^\| {re.escape(row['name'])} \| ([\d.]+) \|", page, re.MULTILINE)
+            if line:
+                found += 1
+                assert line.group(1) == f"{row['value']:g}", row["name"]
+    assert found >= 30
+    rows = {(row["axis"], row["phase"]): row["value"] for row in json.loads((ROOT / "benchmarks/results/growth.json").read_text("utf-8"))}
+    for axis in {axis for axis, _ in rows}:
+        phases = ("generation", "application", "generation, with backward", "application, with backward")
+        assert f"| {axis} | " + " | ".join(f"{rows[axis, phase]:.2f}" for phase in phases) + " |" in page
