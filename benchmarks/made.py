@@ -1,8 +1,8 @@
 """Models and data for benchmarks, made on the spot: random weights of given sizes, conversations mixed as in LLaVA-1.5's training.
 
-The mix is that of its 665 K samples (Liu et al. 2023, arXiv 2310.03744, table 7: the sizes of its sources, here put into four kinds). The
-paper gives no lengths: text lengths are lognormal by kind, our assumption (`KINDS`). They are to 576 image tokens as in LLaVA-1.5 and scale
-with the image's tokens where a smaller model has fewer.
+The mix is that of its 665 K samples (Liu et al. 2023, arXiv 2310.03744, table 7: the sizes of its sources, as remembered and not checked,
+here put into four kinds). The paper gives no lengths: text lengths are lognormal by kind, our assumption (`KINDS`). They are to 576 image
+tokens as in LLaVA-1.5 and scale with the image's tokens where a smaller model has fewer.
 """
 
 from __future__ import annotations
