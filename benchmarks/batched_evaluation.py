@@ -23,12 +23,13 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from llava_collab.collab.single import Single
 from llava_collab.data.samples import Sample
 from llava_collab.evaluation.controls import blind
 from llava_collab.evaluation.environment import write_results
 from llava_collab.evaluation.evaluator import batches, choose
 from llava_collab.evaluation.suite import load_suite
-from llava_collab.types import Request, Single
+from llava_collab.types import Request
 
 ROOT = Path(__file__).resolve().parent.parent
 TIE = 1e-4

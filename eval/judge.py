@@ -19,11 +19,11 @@ from pathlib import Path
 
 import tyro
 
+from llava_collab.collab.endpoint import Client, EndpointError
 from llava_collab.data.conversation import SampleError
 from llava_collab.evaluation.environment import environment
 from llava_collab.evaluation.evaluator import choose
-from llava_collab.evaluation.judge import JUDGEMENTS, OPEN_ENDED, Budget, Summary, judge, judge_identity, questions
-from llava_collab.evaluation.judge_client import Client, JudgeError
+from llava_collab.evaluation.judge import JUDGEMENTS, OPEN_ENDED, Budget, JudgeError, Summary, judge, judge_identity, questions
 from llava_collab.evaluation.judge_report import judge_table
 from llava_collab.evaluation.lookup import read_measured
 from llava_collab.evaluation.records import RecordError, read_lines
@@ -124,7 +124,7 @@ if __name__ == "__main__":
     arguments = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         result = main(arguments)
-    except (RecordError, SuiteError, SampleError, JudgeError, FileNotFoundError) as error:
+    except (RecordError, SuiteError, SampleError, JudgeError, EndpointError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     if result.left:
         sys.exit(f"stopped before the cost limit with {result.left} questions left; raise --cost-limit and run the same command again")

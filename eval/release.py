@@ -101,8 +101,8 @@ class Check:
         """Share of equal tokens between recorded answers and those of the released model, fp32 on the CPU."""
         import torch
 
+        from llava_collab.collab.single import Single
         from llava_collab.models.build import feature_cache, load
-        from llava_collab.types import Single
 
         suite = load_suite(SUITE)
         recorded = {row["sample_id"]: row["output"] for row in report.read_runs([self.answers / name])[0].rows}

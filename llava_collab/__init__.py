@@ -12,6 +12,7 @@ from .torchvision_guard import mend_torchvision
 mend_torchvision()
 
 if TYPE_CHECKING:
+    from .collab.single import Single
     from .models import (
         HyperLlavaConfig,
         HyperLlavaForConditionalGeneration,
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
         LanguageExpertConfig,
         VisualExpertConfig,
     )
-    from .types import Answer, Model, Request, Single, Turn, Usage
+    from .types import Answer, Model, Request, Turn, Usage
 
 __version__ = "0.1.0"
 
@@ -40,10 +41,11 @@ __all__ = [
     "Usage",
     "VisualExpertConfig",
 ]
-_TYPES = {"Answer", "Model", "Request", "Single", "Turn", "Usage"}
+_TYPES = {"Answer", "Model", "Request", "Turn", "Usage"}
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module(".types" if name in _TYPES else ".models", __name__), name)
+        home = ".types" if name in _TYPES else ".collab.single" if name == "Single" else ".models"
+        return getattr(import_module(home, __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -265,7 +265,8 @@ class Ask:
     """auto (a GPU if there is one), cpu, cuda or cuda:N"""
 
     def run(self) -> int:
-        from .types import Request, Single, Turn
+        from .collab.single import Single
+        from .types import Request, Turn
 
         network, processor = _open(self.model, self.device)
         request = Request("ask", (Turn("user", "<image>\n" * len(self.image) + self.question),), self.image, self.max_new_tokens)
@@ -356,11 +357,11 @@ class Ablate:
     """auto (a GPU if there is one), cpu, cuda or cuda:N"""
 
     def run(self) -> int:
+        from .collab.single import Single
         from .evaluation.ablate import ablate
         from .evaluation.evaluator import choose
         from .evaluation.suite import load_suite
         from .models.build import feature_cache
-        from .types import Single
 
         suite = load_suite(self.suite)
         samples = [s for s in suite.read(self.split, self.data_root) if not self.categories or s.category in self.categories]

@@ -1,14 +1,13 @@
 """What every floor speaks: a `Request` goes in, an `Answer` with its bill (`Usage`) comes out, and whatever does that is a `Model`.
 
-This is the ground floor: it imports nothing of the package. `Single` makes a `Model` of one network; composites of several
-networks satisfy the same protocol, so one evaluator measures them all.
+This is the ground floor: it imports nothing of the package. One network is a `Model` (`collab.single`), and so is any composite of
+models (`collab.compose`), so composites nest and one evaluator measures them all.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -27,13 +26,23 @@ class Turn:
 class Request:
     """A question: turns that end with the user's, and the images that their `<image>` marks stand for (0, 1 or many).
 
-    Images are paths (opened when needed) or PIL images.
+    Images are paths (opened when needed) or PIL images. `choices` are the answers that a classification allows; empty: any text.
     """
 
     id: str
     turns: tuple[Turn, ...]
     images: tuple[Path | Any, ...] = ()
     max_new_tokens: int = 64
+    choices: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The last turn's words: the question."""
+        return self.turns[-1].text if self.turns else ""
+
+    def asking(self, text: str) -> Request:
+        """The same request with other words in its last turn."""
+        return replace(self, turns=(*self.turns[:-1], Turn("user", text)))
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Usage:
     """What an answer cost. Adds up with `+`.
 
     `flops` follows the usual estimate of 2 x parameters x tokens (dense layers; attention scores left out); `seconds` is wall
-    time divided evenly over the requests of a batch.
+    time divided evenly over the requests of a batch; `price` is in the currency of whoever set the prices of a remote model.
     """
 
     calls: int = 0
@@ -50,6 +59,7 @@ class Usage:
     generated_tokens: int = 0
     flops: float = 0.0
     seconds: float = 0.0
+    price: float = 0.0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -57,12 +67,30 @@ class Usage:
 
 @dataclass(frozen=True)
 class Answer:
-    """The text, its bill, who gave it; `error` is the reason where no answer could be given (then `text` is empty)."""
+    """The text, its bill, who gave it; `error` is the reason where no answer could be given (then `text` is empty).
+
+    `scores` is a distribution over the request's choices, in their order; `likelihood` the geometric mean of the probabilities of the
+    generated tokens. Either is None where a model has none. Of a composite, `parts` are the answers (and gates) that it was made of, in
+    order, and `usage` is exactly the sum of theirs; `confidence` is what its gate said of the small model; `note` says what went wrong on
+    the way without costing the answer.
+    """
 
     text: str
     usage: Usage = field(default_factory=Usage)
     model: str = ""
     error: str | None = None
+    scores: tuple[float, ...] | None = None
+    likelihood: float | None = None
+    confidence: float | None = None
+    parts: tuple[Answer, ...] = ()
+    note: str = ""
+
+    @property
+    def by(self) -> tuple[str, ...]:
+        """The models that were called for this answer, in order; gates that called none are left out."""
+        if self.parts:
+            return tuple(name for part in self.parts for name in part.by)
+        return (self.model,) if self.usage.calls else ()
 
 
 @runtime_checkable
@@ -76,41 +104,23 @@ class Model(Protocol):
         ...
 
 
-class Single:
-    """A `Model` made of one network and its processor (greedy decoding, left padding).
+@runtime_checkable
+class ScoringModel(Model, Protocol):
+    """A model that can weigh the choices of a request against each other."""
 
-    `processor.encode_requests(requests)` gives the padded batch; `network.generate` the tokens; `processor.decode_answers` the texts.
-    """
+    def score(self, requests: Sequence[Request]) -> list[Answer]:
+        """As `generate`, with `scores` over each request's choices and the likeliest of them as the text. Raises ValueError for a request
+        without choices."""
+        ...
 
-    def __init__(self, network: Any, processor: Any, name: str) -> None:
-        self.network = network.eval()
-        self.processor = processor
-        self.name = name
-        self._parameters = sum(p.numel() for p in network.parameters())
 
-    def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answers in order. If the batch as a whole can't be encoded, requests are tried one by one, so that only bad ones fail."""
-        try:
-            batch = self.processor.encode_requests(requests)
-        except (ValueError, OSError) as error:
-            if len(requests) == 1:
-                return [Answer("", model=self.name, error=f"{type(error).__name__}: {error}")]
-            return [answer for request in requests for answer in self.generate([request])]
-        return self._answer(requests, batch)
+@runtime_checkable
+class TokenModel(ScoringModel, Protocol):
+    """A model whose next-token logits can be had. Whoever steers decoding (`collab.proxy`) needs this; nobody else does."""
 
-    def _answer(self, requests: Sequence[Request], batch: Any) -> list[Answer]:
-        import torch
+    network: Any
+    processor: Any
 
-        start = time.perf_counter()
-        prompt_length = batch["input_ids"].shape[1]
-        with torch.inference_mode():
-            out_BT = self.network.generate(
-                **batch.to(self.network.device), do_sample=False, max_new_tokens=max(r.max_new_tokens for r in requests)
-            )
-        seconds = (time.perf_counter() - start) / len(requests)
-        texts, lengths = self.processor.decode_answers(out_BT[:, prompt_length:], [r.max_new_tokens for r in requests])
-        prompt_tokens = batch["attention_mask"].sum(1).tolist()
-        return [
-            Answer(text, Usage(1, len(r.images), p, n, 2.0 * self._parameters * (p + n), seconds), self.name)
-            for r, text, p, n in zip(requests, texts, prompt_tokens, lengths, strict=True)
-        ]
+    def answer_logits(self, request: Request, answers: Sequence[str]) -> Any:
+        """Logits and ids of each answer's tokens behind the request's prompt (`collab.single.AnswerLogits`)."""
+        ...

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from llava_collab.collab.single import Single
 from llava_collab.data.samples import read_samples
 from llava_collab.evaluation.ablate import CONDITIONS, ablate
 from llava_collab.evaluation.codes import Recoded, mean_codes, read_codes, replaced, shuffled, variances
 from llava_collab.evaluation.suite import load_suite
 from llava_collab.models.build import ModelSpec, build
-from llava_collab.types import Single
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"bottleneck": 4, "code_width": 8}

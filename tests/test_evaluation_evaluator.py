@@ -109,7 +109,7 @@ def test_a_record_tells_all(tmp_path: Path) -> None:
         "scores": {"said_yes": 100.0, "is_yes": 100.0},
         "status": "ok",
         "error": None,
-        "usage": {"calls": 1, "images": 1, "prompt_tokens": 5, "generated_tokens": 2, "flops": 10.0, "seconds": 0.1},
+        "usage": {"calls": 1, "images": 1, "prompt_tokens": 5, "generated_tokens": 2, "flops": 10.0, "seconds": 0.1, "price": 0.0},
         "model": "echo",
     }
 

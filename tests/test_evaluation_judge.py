@@ -22,8 +22,9 @@ import pytest
 from PIL import Image
 from running import ROOT, program
 
-from llava_collab.evaluation.judge import HEADER, JUDGEMENTS, PROMPT, PROMPT_SHA256, Budget, last, parse_verdict
-from llava_collab.evaluation.judge_client import KEY, Client, JudgeError
+from llava_collab.collab.endpoint import JUDGE_KEY as KEY
+from llava_collab.collab.endpoint import Client, EndpointError
+from llava_collab.evaluation.judge import HEADER, JUDGEMENTS, PROMPT, PROMPT_SHA256, Budget, JudgeError, last, parse_verdict
 from llava_collab.evaluation.judge_report import judge_table
 from llava_collab.evaluation.records import RecordError, open_run, read_lines, write_rows
 from llava_collab.evaluation.report import read_runs
@@ -128,7 +129,7 @@ def judged(runs: tuple[Path, ...], server: Server, out: Path, **more: Any) -> An
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava_collab.evaluation.judge_client._LONGEST_WAIT", 0.02)
+    monkeypatch.setattr("llava_collab.collab.endpoint._LONGEST_WAIT", 0.02)
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def test_busy_then_good(server: Server) -> None:
 
 
 def test_retry_after_is_obeyed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava_collab.evaluation.judge_client._LONGEST_WAIT", 60.0)
+    monkeypatch.setattr("llava_collab.collab.endpoint._LONGEST_WAIT", 60.0)
     server.behave = lambda n, prompt: (429, {"Retry-After": "3"}, {}) if n == 0 else verdict("8 7")
     one, waits = client(server), list[float]()
     monkeypatch.setattr(one.stop, "wait", lambda seconds: waits.append(seconds))
@@ -254,12 +255,12 @@ def test_a_refused_question_is_its_own_error_and_a_refused_key_stops(server: Ser
     assert client(server).ask("q").error == "HTTP 400: too long" and len(server.bodies) == 1
     monkeypatch.setenv(KEY, SECRET)
     server.behave = lambda n, prompt: (401, {}, f"bad key {SECRET}".encode())
-    with pytest.raises(JudgeError, match=rf"401: bad key \[{KEY}\]") as error:
+    with pytest.raises(EndpointError, match=rf"401: bad key \[{KEY}\]") as error:
         client(server).ask("q")
     assert SECRET not in str(error.value) and server.headers[-1]["Authorization"] == f"Bearer {SECRET}"
     other = Server()
     server.behave = lambda n, prompt: (307, {"Location": f"{other.url}/chat/completions"}, b"")
-    with pytest.raises(JudgeError, match="307"):
+    with pytest.raises(EndpointError, match="307"):
         client(server).ask("q")
     assert not other.bodies  # the key did not go there
     other.http.shutdown()
@@ -302,7 +303,7 @@ def test_the_key_goes_to_this_machine_past_the_proxy(server: Server, monkeypatch
 )
 def test_a_wrong_endpoint_is_refused(monkeypatch: pytest.MonkeyPatch, endpoint: str, message: str) -> None:
     monkeypatch.setenv(KEY, SECRET)
-    with pytest.raises(JudgeError, match=message):
+    with pytest.raises(EndpointError, match=message):
         Client(endpoint, "judge")
 
 

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from running import ROOT, program, run_apart
 
+from llava_collab.collab.single import Single
 from llava_collab.data.samples import Sample, parse_record
 from llava_collab.evaluation.evaluator import batches
 from llava_collab.evaluation.lmms_eval.manifest import manifests
@@ -31,7 +32,7 @@ from llava_collab.evaluation.lmms_eval.messages import read_messages, write_mess
 from llava_collab.evaluation.records import RecordError
 from llava_collab.evaluation.suite import load_suite
 from llava_collab.models.build import load
-from llava_collab.types import Answer, Request, Single, Turn
+from llava_collab.types import Answer, Request, Turn
 
 TASKS = ROOT / "eval" / "lmms_eval" / "cmt_open"
 SUITE = load_suite(ROOT / "eval" / "suites" / "cmt-open.yaml")

@@ -13,9 +13,10 @@ from PIL import Image
 from running import program
 
 from llava_collab.cmt.families import CATEGORIES
+from llava_collab.collab.single import Single
 from llava_collab.data.conversation import TEMPLATES
 from llava_collab.data.samples import Sample
-from llava_collab.types import Single, Turn
+from llava_collab.types import Turn
 
 HERE = Path(__file__).resolve().parent
 _spec = importlib.util.spec_from_file_location("golden_prompts", HERE / "golden" / "prompts.py")

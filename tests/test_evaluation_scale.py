@@ -20,8 +20,8 @@ from evaluating import Slow, questions, talkative
 from PIL import Image
 from running import ROOT, run_apart
 
+from llava_collab.collab.asking import ask
 from llava_collab.data.conversation import SampleError
-from llava_collab.evaluation.asking import ask
 from llava_collab.evaluation.evaluator import Summary, evaluate
 from llava_collab.evaluation.identity import run_identity
 from llava_collab.evaluation.metrics import Scorer

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from toy import toy_model
 from transformers import AutoProcessor, Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
+from llava_collab.collab.single import Single
 from llava_collab.data.collate import Collator
 from llava_collab.models import HyperLlavaProcessor, LanguageExpertConfig
 from llava_collab.models.build import ModelSpec, build, extract_features, feature_cache, load, tower_key
 from llava_collab.models.towers import IMAGENET_MEAN, IMAGENET_STD, FusedVisionConfig, FusedVisionModel
-from llava_collab.types import Request, Single, Turn
+from llava_collab.types import Request, Turn
 
 EXPERTS = {"visual_expert": {"bottleneck": 4, "code_width": 8}, "language_expert": {"bottleneck": 4, "code_width": 8}}
 

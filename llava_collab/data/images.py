@@ -89,3 +89,12 @@ def expand_to_square(image: Image.Image, background_rgb: tuple[int, ...]) -> Ima
     square = Image.new(image.mode, (side, side), background_rgb)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
+
+
+def shrunk(path: Path, side: int, form: str) -> tuple[bytes, tuple[int, int]]:
+    """A picture scaled down to at most `side` x `side` pixels, encoded (`JPEG` or `WEBP`), and its size. Raises SampleError."""
+    image = load_image(path)
+    image.thumbnail((side, side))
+    stream = io.BytesIO()
+    image.save(stream, form, quality=80)
+    return stream.getvalue(), image.size

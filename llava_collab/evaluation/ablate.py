@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageEnhance
 from tqdm import tqdm
 
+from llava_collab.collab.single import Single
 from llava_collab.data.samples import load_image
 from llava_collab.evaluation import report
 from llava_collab.evaluation.codes import Codes, Recoded, mean_codes, read_codes, replaced, shuffled, variances
@@ -25,7 +26,6 @@ from llava_collab.evaluation.evaluator import evaluate
 from llava_collab.evaluation.records import LOSSES, RecordError, model_sha256
 from llava_collab.evaluation.statistics import MACRO, Interval, bootstrap
 from llava_collab.files import read_json, write_json, write_text
-from llava_collab.types import Single
 
 if TYPE_CHECKING:
     from llava_collab.data.samples import Sample

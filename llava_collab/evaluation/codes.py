@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from llava_collab.collab.single import Single
 from llava_collab.data.collate import Collator
 from llava_collab.models.build import extract_features
 from llava_collab.models.hypernetwork import ExpertWeights
-from llava_collab.types import Answer, Request, Single
+from llava_collab.types import Answer, Request
 
 if TYPE_CHECKING:
     from llava_collab.data.samples import Sample

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from llava_collab.evaluation.asking import ask
+from llava_collab.collab.asking import ask
 from llava_collab.evaluation.identity import run_identity
 from llava_collab.evaluation.metrics import Scorer, references
 from llava_collab.evaluation.ranks import Ranks, writing
@@ -173,4 +174,22 @@ def _row(sample: Sample, answer: Answer, scorer: Scorer, max_new_tokens: Mapping
     }
     if "images_from" in sample.meta:
         row["images_from"] = sample.meta["images_from"]
-    return row
+    return row | trace(answer)
+
+
+def trace(answer: Answer) -> dict[str, Any]:
+    """How an answer came about, as far as there is something to tell: probabilities, and of a composite its gate and its parts."""
+    told: dict[str, Any] = {}
+    if answer.likelihood is not None:
+        told["likelihood"] = round(answer.likelihood, 6)
+    if answer.scores is not None:
+        told["choice_scores"] = [float(f"{p:.6g}") for p in answer.scores]
+    if answer.note:
+        told["note"] = answer.note
+    if answer.parts:
+        told["by"] = list(answer.by)
+        told["confidence"] = None if answer.confidence is None or not math.isfinite(answer.confidence) else answer.confidence
+        told["parts"] = [
+            {"model": p.model, "output": p.text, "error": p.error, "usage": dataclasses.asdict(p.usage)} | trace(p) for p in answer.parts
+        ]
+    return told

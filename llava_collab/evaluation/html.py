@@ -21,9 +21,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from llava_collab.data.conversation import IMAGE_MARK, SampleError
-from llava_collab.data.images import resolve_image
+from llava_collab.data.images import resolve_image, shrunk
 from llava_collab.data.samples import Sample
-from llava_collab.evaluation.lookup import is_of, shrunk
+from llava_collab.evaluation.lookup import is_of
 from llava_collab.evaluation.records import RecordError, Row, differing
 from llava_collab.evaluation.report import Run, difference_table, score_table
 from llava_collab.files import sha256, write_bytes, write_text

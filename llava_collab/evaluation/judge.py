@@ -7,7 +7,6 @@ record files or the tables of rule-based scores.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import math
@@ -23,11 +22,11 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from llava_collab.collab.endpoint import Client, Reply, image_part
 from llava_collab.data.conversation import IMAGE_MARK, SampleError
 from llava_collab.data.samples import Sample
 from llava_collab.evaluation.evaluator import prompt_text
-from llava_collab.evaluation.judge_client import Client, JudgeError, Reply
-from llava_collab.evaluation.lookup import is_of, shrunk
+from llava_collab.evaluation.lookup import is_of
 from llava_collab.evaluation.metrics import references
 from llava_collab.evaluation.ranks import writing
 from llava_collab.evaluation.records import RecordError, Row, dump, open_run, read_lines
@@ -38,10 +37,14 @@ JUDGEMENTS = "judgements.jsonl"
 HEADER = "judge.json"
 ORDERS = ("baseline first", "baseline second")
 OPEN_ENDED = ("Visual Captioning", "Detailed Description", "Visual Storytelling")
-IMAGE_SIDE = 768
 IMAGE_TOKENS = 1500
-"""Bound for a picture of at most IMAGE_SIDE pixels a side; chat models with vision count fewer for it."""
+"""Bound for a picture of at most `endpoint.IMAGE_SIDE` pixels a side; chat models with vision count fewer for it."""
 _MOST_ERRORS = 10  # in a row; then it's not the questions
+
+
+class JudgeError(ValueError):
+    """Judging makes no sense like this: impossible prices, or a judge that only errs; the message says which."""
+
 
 PROMPT_NAME = "pairwise-v1"
 PROMPT = """Two assistants answered a question about pictures. {seen}
@@ -99,8 +102,7 @@ class Question:
         text = self.text.replace("{seen}", SEEN[with_images], 1)
         if not with_images:
             return text
-        pictures = [base64.b64encode(shrunk(path, IMAGE_SIDE, "JPEG")[0]).decode() for path in self.sample.images]
-        parts = [{"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{picture}"}} for picture in pictures]
+        parts = [image_part(path) for path in self.sample.images]
         return [{"type": "text", "text": text}, *parts]
 
 
@@ -192,7 +194,7 @@ def judge(
     Questions that ended in an error are asked again by the next run; their rows stay, since they may have cost something, and the last row
     of a question counts. With a cost limit a question is asked only if its worst case, all attempts included, still fits.
 
-    Raises RecordError for a folder of other judgements or one that another process writes to, JudgeError where the judge can't be asked
+    Raises RecordError for a folder of other judgements or one that another process writes to, JudgeError where it makes no sense to go on, EndpointError where the judge can't be asked
     at all.
     """
     with writing(folder):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_collab.data.images import load_image
 from llava_collab.data.samples import Sample
 from llava_collab.evaluation.controls import blind
 from llava_collab.evaluation.evaluator import prompt_text
@@ -33,12 +31,3 @@ def is_of(row: Row, sample: Sample) -> bool:
     if row["references"] != list(references(sample)):
         return False
     return row["prompt"] in {prompt_text(one.request()) for one in (sample, *blind([sample]))}
-
-
-def shrunk(path: Path, side: int, form: str) -> tuple[bytes, tuple[int, int]]:
-    """A picture scaled down to at most `side` x `side` pixels, encoded (`JPEG` or `WEBP`), and its size. Raises SampleError."""
-    image = load_image(path)
-    image.thumbnail((side, side))
-    stream = io.BytesIO()
-    image.save(stream, form, quality=80)
-    return stream.getvalue(), image.size

@@ -100,7 +100,7 @@ def pooled(label: str, runs: Mapping[int, Run]) -> Run:
 
 def _mean_row(seeds: Mapping[int, Row]) -> Row:
     rows = list(seeds.values())
-    usage = {name: float(np.mean([row["usage"][name] for row in rows])) for name in rows[0]["usage"]}
+    usage = {name: float(np.mean([row["usage"].get(name, 0.0) for row in rows])) for name in rows[0]["usage"]}
     means = {name: float(np.mean([row[name] for row in rows])) for name in ("score", "seconds")}
     return rows[0] | means | {"usage": usage, "scores": {}, "seed_scores": {seed: row["score"] for seed, row in seeds.items()}}
 

@@ -152,6 +152,19 @@ class HyperLlavaProcessor(LlavaProcessor):
         batch = Collator(self._pad_token_id, padding_side="left")(samples)
         return BatchFeature({key: value for key, value in batch.items() if key not in ("labels", "sample_ids", "categories")})
 
+    def encode_answers(self, request: Request, answers: Sequence[str]) -> BatchFeature:
+        """One prompt before each of several answers, padded on the right, as in training: `labels` are the answers' tokens and their ends.
+
+        Raises SampleError as `encode` does.
+        """
+        samples = [self.encode((*request.turns, Turn("assistant", answers[0])), request.images, sample_id=request.id)]
+        for answer in answers[1:]:
+            text = self.encode_text((*request.turns, Turn("assistant", answer)), n_images=len(request.images), sample_id=request.id)
+            fields = {key: torch.tensor(getattr(text, key)) for key in ("input_ids", "labels", "guidance_mask")}
+            samples.append(samples[0] | fields)
+        batch = Collator(self._pad_token_id)(samples)
+        return BatchFeature({key: value for key, value in batch.items() if key not in ("sample_ids", "categories")})
+
     @property
     def _pad_token_id(self) -> int:
         pad = self.tokenizer.pad_token_id

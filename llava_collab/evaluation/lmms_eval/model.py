@@ -17,10 +17,11 @@ from lmms_eval.api.instance import GenerationResult, TokenCounts  # pyright: ign
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
-from llava_collab.evaluation.asking import ask
+from llava_collab.collab.asking import ask
+from llava_collab.collab.single import Single
 from llava_collab.evaluation.evaluator import batches
 from llava_collab.evaluation.lmms_eval.messages import read_messages
-from llava_collab.types import Model, Request, Single
+from llava_collab.types import Model, Request
 
 DTYPES = ("stored", "float32", "bfloat16", "float16")
 MAX_NEW_TOKENS = 1024

@@ -5,6 +5,7 @@ The standard library's client, since the core brings no other that stays the sam
 
 from __future__ import annotations
 
+import base64
 import http.client
 import ipaddress
 import json
@@ -14,18 +15,25 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-KEY = "JUDGE_API_KEY"
-"""Environment variable of the API key. A name of its own, so that another service's key is never sent to an endpoint by accident."""
+from ..data.images import shrunk
+
+JUDGE_KEY, REMOTE_KEY = "JUDGE_API_KEY", "REMOTE_API_KEY"
+"""Environment variables of API keys. Names of their own, so that another service's key is never sent to an endpoint by accident."""
+
+IMAGE_SIDE = 768
+"""Pictures are sent as JPEG of at most so many pixels a side."""
 
 _LONGEST_WAIT = 60.0  # seconds between two attempts
 _LARGEST_REPLY = 1 << 22  # bytes
 
 
-class JudgeError(ValueError):
-    """Nothing can be judged this way: wrong endpoint, key, model or folder; the message names the cure."""
+class EndpointError(ValueError):
+    """Nothing can be asked this way: wrong endpoint, key or model; the message names the cure."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class Client:
-    """One model at one endpoint (`https://host/v1`; `/chat/completions` is added). Raises JudgeError for an endpoint that can't be used."""
+    """One model at one endpoint (`https://host/v1`; `/chat/completions` is added). Raises EndpointError for an endpoint that can't be used."""
 
     endpoint: str
     model: str
@@ -63,28 +71,34 @@ class Client:
     attempts: int = 5
     backoff: float = 1.0
     """Seconds before the second attempt, doubled for each further one, unless the server says how long to wait."""
+    key: str = JUDGE_KEY
+    """Name of the environment variable that holds the API key, where one is needed."""
     stop: threading.Event = field(default_factory=threading.Event)
     """Set to end all waiting: a question that waits for its next attempt is given up."""
 
     def __post_init__(self) -> None:
         url = urllib.parse.urlsplit(self.endpoint)
         if url.scheme not in ("http", "https") or not url.hostname:
-            raise JudgeError(f"--endpoint {self.endpoint}: has to be a base URL such as http://localhost:8000/v1")
+            raise EndpointError(f"endpoint {self.endpoint}: has to be a base URL such as http://localhost:8000/v1")
         if url.username or url.password or url.query or url.fragment:
-            raise JudgeError(f"--endpoint: no user, password or query in the URL, it is written to the records; the key goes in {KEY}")
+            raise EndpointError(
+                f"endpoint: no user, password or query in the URL, it is written to the records; the key goes in {self.key}"
+            )
         if not (self._key.isascii() and self._key.isprintable()):
-            raise JudgeError(f"{KEY} holds characters that no key has; set it anew")
+            raise EndpointError(f"{self.key} holds characters that no key has; set it anew")
         if self._key and url.scheme == "http" and not _is_local(url.hostname):
-            raise JudgeError(f"--endpoint {self.endpoint}: {KEY} would travel unencrypted; use https, or unset {KEY} if none is needed")
+            raise EndpointError(
+                f"endpoint {self.endpoint}: {self.key} would travel unencrypted; use https, or unset {self.key} if none is needed"
+            )
 
     @property
     def _key(self) -> str:
-        return os.environ.get(KEY, "").strip()
+        return os.environ.get(self.key, "").strip()
 
-    def ask(self, content: str | list[dict[str, Any]]) -> Reply:
-        """One question (text, or text and image parts), with retries. Raises JudgeError where every other question would fail too."""
+    def ask(self, content: str | list[dict[str, Any]], earlier: Sequence[dict[str, Any]] = ()) -> Reply:
+        """One question (text, or text and image parts) after `earlier` messages, with retries. Raises EndpointError where every other question would fail too."""
         body = {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens}
-        data = json.dumps(body | {"messages": [{"role": "user", "content": content}]}).encode()
+        data = json.dumps(body | {"messages": [*earlier, {"role": "user", "content": content}]}).encode()
         lost, reason = 0, ""
         for attempt in range(self.attempts):
             wait = min(_LONGEST_WAIT, self.backoff * 2**attempt) * random.uniform(0.8, 1.2)  # noqa: S311 - spreads clients, no secret
@@ -93,7 +107,9 @@ class Client:
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code}: {self._said(error)}"
                 if error.code in (401, 403, 404) or error.code < 400:
-                    raise JudgeError(f"{self.endpoint}: {reason}\nCheck --endpoint, --judge-model and the key in {KEY}.") from error
+                    raise EndpointError(
+                        f"{self.endpoint}: {reason}\nCheck the endpoint, the name of the model, and the key in {self.key}."
+                    ) from error
                 if error.code < 500 and error.code not in (408, 409, 429):
                     return Reply(error=reason, lost=lost)
                 wait = _retry_after(error) or wait
@@ -136,7 +152,13 @@ class Client:
     def _hidden(self, content: bytes) -> str:
         """What a server said, as it may be shown and kept: some servers repeat the key in an error. To be cut after this, not before."""
         text = content.decode("utf-8", "replace").strip()
-        return text.replace(self._key, f"[{KEY}]") if self._key else text
+        return text.replace(self._key, f"[{self.key}]") if self._key else text
+
+
+def image_part(path: Path) -> dict[str, Any]:
+    """A picture as a part of a message's content. Raises SampleError where it can't be read."""
+    picture = base64.b64encode(shrunk(path, IMAGE_SIDE, "JPEG")[0]).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{picture}"}}
 
 
 def _count(tokens: Any) -> int | None:

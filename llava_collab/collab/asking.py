@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Literal
 
-from llava_collab.data.conversation import SampleError
-from llava_collab.types import Answer, Model, Request
+from ..data.conversation import SampleError
+from ..types import Answer, Model, Request, ScoringModel
+
+Verb = Literal["generate", "score"]
 
 _log = logging.getLogger(__name__)
 
 
-def ask(model: Model, requests: Sequence[Request]) -> list[Answer]:
-    """One answer a request, in order.
+def ask(model: Model, requests: Sequence[Request], verb: Verb = "generate") -> list[Answer]:
+    """One answer a request, in order, by the model's method `verb`.
 
     A model answers its bad requests with `Answer.error`. One that raises instead is asked again: one by one for what a sample can be at
     fault for (SampleError; OSError, as of a picture that can't be read), in halves where memory ran out. A request that fails alone gets
     an answer with `error`. Everything else is a fault of the program, and is raised.
 
-    Raises ValueError for a model that gives another number of answers.
+    Raises ValueError for a model that gives another number of answers, or is to score and can't.
     """
+    if not requests:
+        return []
+    if verb == "score" and not isinstance(model, ScoringModel):
+        raise ValueError(f"{model.name} gives no probabilities of choices; only a model with `score` can be asked for them")
     try:
-        answers = model.generate(requests)
+        answers = getattr(model, verb)(requests)
     except (SampleError, OSError) as error:
         fault, step = f"{type(error).__name__}: {error}", 1
     except (RuntimeError, MemoryError) as error:
@@ -35,7 +42,7 @@ def ask(model: Model, requests: Sequence[Request]) -> list[Answer]:
     if len(requests) == 1:
         return [Answer("", model=model.name, error=fault)]
     _log.warning("a batch of %d failed (%s); it is asked again in pieces of %d", len(requests), fault.split("\n")[0], step)
-    return [answer for at in range(0, len(requests), step) for answer in ask(model, requests[at : at + step])]
+    return [answer for at in range(0, len(requests), step) for answer in ask(model, requests[at : at + step], verb)]
 
 
 def _out_of_memory(error: RuntimeError | MemoryError) -> bool:

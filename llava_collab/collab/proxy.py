@@ -1,0 +1,132 @@
+"""`Proxy`: a large model steered at decoding time by the difference that tuning made to a small one (proxy-tuning, arXiv 2401.08565).
+
+    softmax( s_base + alpha (s_expert - s_anti) )        expert: small and tuned; anti-expert: the same small model before tuning
+
+Nothing of the large model is trained or changed; the three share a vocabulary and advance on the same token, each with its own cache.
+Shapes: B rows, T tokens, V vocabulary, K tokens of an answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from ..adapters.routing import RoutingContext
+from ..types import Answer, Request, Usage
+from .single import AnswerLogits, Single
+
+
+class Proxy(Single):
+    """A `TokenModel` of three: decoding and scoring both use the steered logits. An answer's parts are the three models' bills.
+
+    Raises ValueError where the three do not have one vocabulary.
+    """
+
+    def __init__(self, base: Single, expert: Single, anti: Single, alpha: float = 1.0, name: str = "proxy") -> None:
+        super().__init__(base.network, base.processor, name)
+        self.base, self.expert, self.anti, self.alpha = base, expert, anti, alpha
+        for other in (expert, anti):
+            if problem := _unlike(base, other):
+                raise ValueError(f"{name}: {base.name} and {other.name} have to share a vocabulary, and {problem}")
+
+    def answer_logits(self, request: Request, answers: Sequence[str]) -> AnswerLogits:
+        """See `types.TokenModel`."""
+        base, expert, anti = (model.answer_logits(request, answers) for model in (self.base, self.expert, self.anti))
+        pairs = [
+            (b_KV + self.alpha * (e_KV.to(b_KV) - a_KV.to(b_KV)), ids_K)
+            for (b_KV, ids_K), (e_KV, _), (a_KV, _) in zip(base.pairs, expert.pairs, anti.pairs, strict=True)
+        ]
+        return AnswerLogits(pairs, base.tokens)
+
+    def _steering(self, requests: Sequence[Request]) -> Sequence[LogitsProcessor]:
+        followers = [Follower(m.network, m.processor.encode_requests(requests).to(m.network.device)) for m in (self.expert, self.anti)]
+        return [Steering(*followers, self.alpha)]
+
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        """See `types.Model`."""
+        return [self._billed(answer) for answer in super().generate(requests)]
+
+    def score(self, requests: Sequence[Request]) -> list[Answer]:
+        """See `types.ScoringModel`."""
+        return [self._billed(answer) for answer in super().score(requests)]
+
+    def _billed(self, answer: Answer) -> Answer:
+        """The base's bill, and two more for the same tokens; wall time is shared out by FLOPs, since the three run in turns."""
+        if answer.error is not None:
+            return answer
+        tokens, models = answer.usage.prompt_tokens + answer.usage.generated_tokens, (self.base, self.expert, self.anti)
+        flops = [2.0 * model.parameters * tokens for model in models]
+        parts = [
+            Answer(answer.text, replace(answer.usage, flops=own, seconds=answer.usage.seconds * own / sum(flops)), model.name)
+            for model, own in zip(models, flops, strict=True)
+        ]
+        return replace(answer, usage=sum((part.usage for part in parts), Usage()), parts=tuple(parts))
+
+
+class Follower:
+    """A model that reads along with another one's decoding, with a cache of its own."""
+
+    def __init__(self, network: Any, prompt: Any) -> None:
+        self.network, self._inputs = network, dict(prompt)
+        self.rows = int(self._inputs["input_ids"].shape[0])
+        self._mask_BT: Tensor = self._inputs["attention_mask"]
+        self._kept: dict[str, Any] = {}  # the cache, and the weights that a HyperLLaVA wrote for this prompt
+        self._routing = RoutingContext(pending=True)
+        self.seconds = 0.0
+
+    def __call__(self, new_B1: Tensor | None) -> Tensor:
+        """Float logits [B,V] behind the prompt (None), or behind one more token."""
+        start = time.perf_counter()
+        if new_B1 is None:
+            inputs = self._inputs
+        else:
+            self._mask_BT = torch.cat([self._mask_BT, torch.ones_like(self._mask_BT[:, :1])], 1)
+            inputs = {"input_ids": new_B1.to(self._mask_BT.device), "attention_mask": self._mask_BT} | self._kept
+        positions_BT = (self._mask_BT.long().cumsum(1) - 1).clamp(min=0)[:, -inputs["input_ids"].shape[1] :]
+        with self._routing:
+            out = self.network(**inputs, position_ids=positions_BT, use_cache=True, logits_to_keep=1)
+        self._kept = {"past_key_values": out.past_key_values}
+        if getattr(out, "expert_weights", None) is not None:
+            self._kept["expert_weights"] = out.expert_weights
+        self.seconds += time.perf_counter() - start
+        return out.logits[:, -1].float()
+
+
+class Steering(LogitsProcessor):
+    """scores + alpha (expert - anti-expert), for greedy decoding or sampling.
+
+    Raises ValueError for beam search (rows change places, and the caches here would not follow) and several sequences a prompt.
+    """
+
+    def __init__(self, expert: Follower, anti: Follower, alpha: float) -> None:
+        self.expert, self.anti, self.alpha = expert, anti, alpha
+        self._ids_BT: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        before_BT, self._ids_BT = self._ids_BT, input_ids
+        if input_ids.shape[0] != self.expert.rows:
+            raise ValueError(
+                f"{input_ids.shape[0]} rows are decoded for {self.expert.rows} prompts: a proxy can't do beam search or return several "
+                "sequences; use num_beams=1 and num_return_sequences=1"
+            )
+        if before_BT is not None and not torch.equal(before_BT, input_ids[:, :-1]):
+            raise ValueError("the rows were reordered or jumped ahead; a proxy follows one token at a time")
+        new_B1 = None if before_BT is None else input_ids[:, -1:]
+        expert_BV, anti_BV = self.expert(new_B1), self.anti(new_B1)
+        return scores + self.alpha * (expert_BV.to(scores) - anti_BV.to(scores))
+
+
+def _unlike(one: Single, other: Single) -> str | None:
+    """Why two models can't have their logits added, or None if they can."""
+    first, second = (model.processor.tokenizer.get_vocab() for model in (one, other))
+    if first != second:
+        differ = sorted(word for word in first.keys() | second.keys() if first.get(word) != second.get(word))
+        return f"their tokenizers give {len(differ)} of {len(first)} and {len(second)} tokens other numbers, such as {differ[0]!r}"
+    widths = [model.network.get_output_embeddings().weight.shape[0] for model in (one, other)]
+    return None if widths[0] == widths[1] else f"their output layers are {widths[0]} and {widths[1]} wide"

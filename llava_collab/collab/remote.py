@@ -1,0 +1,78 @@
+"""`Remote`: a chat model behind an OpenAI-compatible endpoint as a `Model`, with its price on the bill."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..data.conversation import IMAGE_MARK, SampleError
+from ..types import Answer, Request, Usage
+from .endpoint import Client, Reply, image_part
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Asks `client` (time-outs, retries and keys are its business), `parallel` requests at once.
+
+    It has no `score`: endpoints do not give probabilities of whole answers. A request with choices names them in its prompt. What the
+    server does not answer in time becomes an answer with `error`. Prices are for a million tokens; tokens that the server did not count
+    are not on the bill, which `note` then says.
+    """
+
+    client: Client
+    name: str
+    price_in: float = 0.0
+    price_out: float = 0.0
+    parallel: int = 8
+
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        """See `types.Model`. Raises EndpointError where every request would fail: a wrong address, model or key."""
+        with ThreadPoolExecutor(max(1, min(self.parallel, len(requests)))) as pool:
+            return list(pool.map(self._one, requests))
+
+    def _one(self, request: Request) -> Answer:
+        start = time.perf_counter()
+        try:
+            *earlier, last = _messages(request)
+        except (SampleError, OSError) as error:
+            return Answer("", model=self.name, error=f"{type(error).__name__}: {error}")
+        reply = replace(self.client, max_tokens=request.max_new_tokens).ask(last["content"], earlier)
+        prompt, generated = reply.prompt_tokens or 0, reply.generated_tokens or 0
+        price = (prompt * self.price_in + generated * self.price_out) / 1e6
+        usage = Usage(1, len(request.images), prompt, generated, 0.0, time.perf_counter() - start, price)
+        return Answer(reply.text, usage, self.name, error=reply.error, note=_uncounted(reply))
+
+
+def _uncounted(reply: Reply) -> str:
+    notes = ["the server counted no tokens"] if reply.error is None and None in (reply.prompt_tokens, reply.generated_tokens) else []
+    return "; ".join(notes + ([f"{reply.lost} attempts without an answer may have been billed"] if reply.lost else []))
+
+
+def _messages(request: Request) -> list[dict[str, Any]]:
+    """The conversation as the API takes it; images stand where their marks do. Raises SampleError."""
+    images = list(request.images)
+    messages = []
+    for turn in request.turns:
+        pieces = turn.text.split(IMAGE_MARK)
+        if len(pieces) - 1 > len(images):
+            raise SampleError(request.id, "image_count", f"more {IMAGE_MARK} marks than images")
+        if len(pieces) == 1:
+            messages.append({"role": turn.role, "content": turn.text})
+            continue
+        parts: list[dict[str, Any]] = []
+        for k, piece in enumerate(pieces):
+            parts += [image_part(Path(images.pop(0)))] if k else []
+            parts += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
+        messages.append({"role": turn.role, "content": parts})
+    if images:
+        raise SampleError(request.id, "image_count", f"{len(images)} images without a mark {IMAGE_MARK}")
+    if request.choices:
+        options = f"Answer with one of: {', '.join(request.choices)}."
+        content = messages[-1]["content"]
+        text = [*content, {"type": "text", "text": options}] if isinstance(content, list) else f"{content}\n{options}"
+        messages[-1] = messages[-1] | {"content": text}
+    return messages
