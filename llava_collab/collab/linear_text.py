@@ -6,7 +6,6 @@ from them (`Linear` gives the matrix to torch). scikit-learn fits them. Shapes: 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import Tensor
 
@@ -121,7 +121,7 @@ class Linear(torch.nn.Module):
 
 
 def fit_linear_text(
-    kind: str, texts: Sequence[str], labels: Sequence[str], name: str, *, strength: float = 10.0, seed: int = 0
+    kind: str, texts: Sequence[str], labels: Sequence[str], name: str, *, strength: float = 100.0, seed: int = 0
 ) -> LinearText:
     """Fit one of KINDS. `strength` is C of the logistic regression. Raises ValueError for another kind or fewer than two labels."""
     from sklearn.feature_extraction.text import CountVectorizer
@@ -136,12 +136,12 @@ def fit_linear_text(
     words = tuple(str(word) for word in counter.get_feature_names_out())
     index = np.array([known.index(label) for label in labels])
     if kind == "naive-bayes":
-        fitted: Any = MultinomialNB(alpha=0.1).fit(counts_MW, index)
+        fitted: Any = MultinomialNB().fit(counts_MW, index)
         return LinearText(name, kind, known, words, np.ones(len(words)), fitted.feature_log_prob_, fitted.class_log_prior_)
     seen_W = np.asarray((counts_MW > 0).sum(0)).ravel()
     empty = np.zeros((len(known), len(words)))
     model = LinearText(name, kind, known, words, np.log((1 + len(texts)) / (1 + seen_W)) + 1.0, empty, np.zeros(len(known)))
-    fitted = LogisticRegression(C=strength, max_iter=200, random_state=seed).fit(model.features(texts), index)
+    fitted = LogisticRegression(C=strength, max_iter=1000, random_state=seed).fit(model.features(texts), index)
     two = len(known) == 2  # scikit-learn keeps one row then
     model.weight_CW = np.concatenate([np.zeros_like(fitted.coef_), fitted.coef_]) if two else fitted.coef_
     model.bias_C = np.concatenate([[0.0], fitted.intercept_]) if two else fitted.intercept_
@@ -157,7 +157,7 @@ def load_linear_text(folder: Path) -> LinearText:
         if weight_CW.shape != (len(labels), len(words)) or scale_W.shape != (len(words),) or bias_C.shape != (len(labels),):
             raise ValueError(f"shapes {weight_CW.shape}, {scale_W.shape}, {bias_C.shape} for {len(labels)} labels and {len(words)} words")
         return LinearText(about["name"], about["kind"], labels, words, scale_W, weight_CW, bias_C)
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder}: not a stored text classifier ({type(error).__name__}: {error}); fit it anew") from error
 
 
