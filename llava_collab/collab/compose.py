@@ -13,11 +13,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 from ..types import Answer, Model, Request, Usage
 from .asking import Verb, ask
 from .gates import Gate
 from .hints import Hint
+
+
+@runtime_checkable
+class BilledGate(Protocol):
+    """A gate that asks a model itself, as a router that reads a model's state does: its cost goes on the bill."""
+
+    def billed(self, requests: Sequence[Request]) -> tuple[list[float], list[Usage]]:
+        """Confidences and costs, of each request."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,16 +53,21 @@ class _Pair:
         raise NotImplementedError
 
     def _gated(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> tuple[list[float], list[Answer]]:
-        """Confidences, and the gate's time as a part of each answer. A failed draft has a confidence of -inf: the large model is asked."""
+        """Confidences, and the gate's cost as a part of each answer. A failed draft has a confidence of -inf: the large model is asked."""
         start = time.perf_counter()
         fine = [k for k in range(len(requests)) if not drafts or drafts[k].error is None]
-        found = self.gate([requests[k] for k in fine], [drafts[k] for k in fine] if drafts else [])
-        confidences = dict(zip(fine, found, strict=True))
+        asked = [requests[k] for k in fine]
+        if isinstance(self.gate, BilledGate):
+            found, bills = self.gate.billed(asked)
+        else:
+            found, bills = self.gate(asked, [drafts[k] for k in fine] if drafts else []), [Usage()] * len(fine)
+        confidences, costs = dict(zip(fine, found, strict=True)), dict(zip(fine, bills, strict=True))
         if bad := [requests[k].id for k in fine if not confidences[k] == confidences[k]]:
             raise ValueError(f"{self.name}: the gate {self.gate.name!r} gave no number for {bad[0]!r}")
         seconds = (time.perf_counter() - start) / max(1, len(requests))
-        part = Answer("", Usage(seconds=seconds), self.gate.name)
-        return [confidences.get(k, float("-inf")) for k in range(len(requests))], [part] * len(requests)
+        every = range(len(requests))
+        parts = [Answer("", replace(costs.get(k, Usage()), seconds=seconds), self.gate.name) for k in every]
+        return [confidences.get(k, float("-inf")) for k in every], parts
 
 
 @dataclass(frozen=True)
