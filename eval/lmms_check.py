@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import tyro
 
+from llava_collab.files import model_sha256
 from llava_collab.collab.single import Single
 from llava_collab.data.samples import Sample, iter_records
 from llava_collab.evaluation.evaluator import evaluate
-from llava_collab.evaluation.records import RecordError, Row, model_sha256, read_rows
+from llava_collab.evaluation.records import RecordError, Row, read_rows
 from llava_collab.evaluation.suite import SuiteError, load_suite
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
@@ -105,3 +106,15 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[int]:
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield handle.fileno()
+
+
+def model_sha256(folder: Path) -> str:
+    """One hash of what decides a model's answers, by name and bytes: weights, configurations, tokenizer, processor, chat template.
+
+    Raises ValueError for a folder without `config.json` or weights.
+    """
+    files = sorted(file for pattern in _MODEL_FILES for file in folder.glob(pattern))
+    if not (folder / "config.json").is_file() or not any(file.suffix == ".safetensors" for file in files):
+        raise ValueError(f"{folder}: not a model folder (no config.json, or no *.safetensors beside it)")
+    lines = [f"{file.name} {sha256(file)}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

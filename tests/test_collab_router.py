@@ -13,7 +13,7 @@ from test_collab_proxy import requests, text_model, vision_model
 from llava_collab.collab.compose import Route
 from llava_collab.collab.gates import Random, fit_temperature, temper
 from llava_collab.collab.router import HashedText, PooledState, Router, best_relaxation, fit_router, load_router, routing_targets
-from llava_collab.collab.thresholds import ALL_LARGE, choose_threshold, load_threshold
+from llava_collab.collab.thresholds import ALL_LARGE, choose_threshold, load_threshold, threshold_for_traffic
 from llava_collab.evaluation.curves import auroc, calibration_error, curve, pgr
 from llava_collab.types import Request, Turn, Usage
 
@@ -87,11 +87,11 @@ def test_routers_survive_a_save_and_refuse_other_features(tmp_path: Path) -> Non
 def test_pooled_states_do_not_depend_on_the_batch_and_are_billed(images: bool) -> None:
     model = (vision_model if images else text_model)(0, "small")
     features, asked = PooledState(model), requests(images)
-    together, usage = features(asked)
-    alone = torch.cat([features([one])[0] for one in asked])
+    together, usage = features(asked, [])
+    alone = torch.cat([features([one], [])[0] for one in asked])
     assert torch.allclose(together, alone, atol=1e-5) and together.shape == (3, features.size)
     router = Router(features, torch.ones(features.size), 0.0)
-    answer = Route(Known("small", dict.fromkeys(("r0", "r1", "r2"), SURE["a"])), Known("large", LARGE), router, 0.0)._gated(asked, [])
+    answer = Route(Known("small", dict.fromkeys(("r0", "r1", "r2"), SURE["a"])), Known("large", LARGE), router, 0.0).gated(asked, [])
     assert [part.usage.flops for part in answer[1]] == [u.flops for u in usage] and usage[0].flops > 0
     assert usage[0] == Usage(1, int(images), usage[0].prompt_tokens, 0, 2.0 * model.parameters * usage[0].prompt_tokens)
 
@@ -108,6 +108,7 @@ def test_thresholds_keep_their_budgets() -> None:
     assert (cheap.value, cheap.share_large, cheap.quality) == (0.6, 0.4, 0.6)
     assert choose_threshold(CONFIDENCE, SMALL, BIG, share=0.39, of=OF).share_large == 0.0  # items of one confidence go together
     assert choose_threshold(CONFIDENCE, 1 - BIG, BIG, drop=0.0, of=OF).value == ALL_LARGE
+    assert threshold_for_traffic(CONFIDENCE, 0.5) == 0.6 and threshold_for_traffic(CONFIDENCE, 0.39) == 0.0
     with pytest.raises(ValueError, match="one of the two"):
         choose_threshold(CONFIDENCE, SMALL, BIG, of=OF)
 

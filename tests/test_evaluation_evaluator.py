@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from llava_collab.files import model_sha256
 from llava_collab.data.samples import Sample
 from llava_collab.evaluation.controls import blind, permute_images
 from llava_collab.evaluation.evaluator import choose, evaluate
 from llava_collab.evaluation.identity import data_sha256, images_sha256
 from llava_collab.evaluation.metrics import Scorer
-from llava_collab.evaluation.records import RECORDS, RecordError, Row, model_sha256, open_run, read_rows
+from llava_collab.evaluation.records import RECORDS, RecordError, Row, open_run, read_rows
 from llava_collab.types import Answer, Model, Request, Turn, Usage
 
 SCORER = Scorer({"Visual QA": "vqa", "Spatial Inference": "accuracy"})
@@ -182,7 +183,7 @@ def test_a_picture_that_changes_is_another_run(tmp_path: Path) -> None:
 
 
 def test_model_hash_is_of_all_that_answers(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match="not a model folder"):
+    with pytest.raises(ValueError, match="not a model folder"):
         model_sha256(tmp_path)
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "model.safetensors").write_bytes(b"1")

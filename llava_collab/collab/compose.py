@@ -25,7 +25,7 @@ from .hints import Hint
 class BilledGate(Protocol):
     """A gate that asks a model itself, as a router that reads a model's state does: its cost goes on the bill."""
 
-    def billed(self, requests: Sequence[Request]) -> tuple[list[float], list[Usage]]:
+    def billed(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> tuple[list[float], list[Usage]]:
         """Confidences and costs, of each request."""
         ...
 
@@ -52,15 +52,16 @@ class _Pair:
     def _run(self, requests: Sequence[Request], verb: Verb) -> list[Answer]:
         raise NotImplementedError
 
-    def _gated(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> tuple[list[float], list[Answer]]:
+    def gated(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> tuple[list[float], list[Answer]]:
         """Confidences, and the gate's cost as a part of each answer. A failed draft has a confidence of -inf: the large model is asked."""
         start = time.perf_counter()
         fine = [k for k in range(len(requests)) if not drafts or drafts[k].error is None]
         asked = [requests[k] for k in fine]
+        own = [drafts[k] for k in fine] if drafts else []
         if isinstance(self.gate, BilledGate):
-            found, bills = self.gate.billed(asked)
+            found, bills = self.gate.billed(asked, own)
         else:
-            found, bills = self.gate(asked, [drafts[k] for k in fine] if drafts else []), [Usage()] * len(fine)
+            found, bills = self.gate(asked, own), [Usage()] * len(fine)
         confidences, costs = dict(zip(fine, found, strict=True)), dict(zip(fine, bills, strict=True))
         if bad := [requests[k].id for k in fine if not confidences[k] == confidences[k]]:
             raise ValueError(f"{self.name}: the gate {self.gate.name!r} gave no number for {bad[0]!r}")
@@ -79,7 +80,7 @@ class Shunt(_Pair):
 
     def _run(self, requests: Sequence[Request], verb: Verb) -> list[Answer]:
         drafts = ask(self.small, requests, verb)
-        confidences, gates = self._gated(requests, drafts)
+        confidences, gates = self.gated(requests, drafts)
         parts = [[draft, gate] for draft, gate in zip(drafts, gates, strict=True)]
         hard = [k for k in range(len(requests)) if confidences[k] < self.threshold]
         asked = [requests[k] for k in hard]
@@ -105,7 +106,7 @@ class Route(_Pair):
                              "that reads the request (random, oracle, a learned router)")  # fmt: skip
 
     def _run(self, requests: Sequence[Request], verb: Verb) -> list[Answer]:
-        confidences, gates = self._gated(requests, [])
+        confidences, gates = self.gated(requests, [])
         easy = [k for k in range(len(requests)) if confidences[k] >= self.threshold]
         hard = [k for k in range(len(requests)) if confidences[k] < self.threshold]
         answers = dict(zip(easy, ask(self.small, [requests[k] for k in easy], verb), strict=True))

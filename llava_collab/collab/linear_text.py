@@ -29,10 +29,10 @@ KINDS = ("naive-bayes", "tfidf-lr")
 
 @dataclass
 class LinearText:
-    """A `ScoringModel`: softmax(x W^T + b) over the labels, x the weighted words of the request's text.
+    """A `ScoringModel`: softmax(x W^T + b) over the labels, x the request's TF-IDF (1 + log count, times `scale_W` = idf, length 1).
 
-    `scale_W` weighs counts (1 for naive Bayes, idf for TF-IDF, whose rows are then normalised to length 1). Scores of a request are those
-    of its choices, which must be among the labels. `name` is free.
+    Naive Bayes reads TF-IDF too: on plain counts it is sure of nearly everything, and a gate learns nothing from that. Scores of a request
+    are those of its choices, which must be among the labels.
     """
 
     name: str
@@ -46,8 +46,7 @@ class LinearText:
     def __post_init__(self) -> None:
         from sklearn.feature_extraction.text import CountVectorizer
 
-        options: dict[str, Any] = {"ngram_range": (1, 2)} if self.kind == "tfidf-lr" else {}
-        self._counter = CountVectorizer(vocabulary={word: k for k, word in enumerate(self.words)}, **options)
+        self._counter = CountVectorizer(vocabulary={word: k for k, word in enumerate(self.words)})
         self._column = {label: k for k, label in enumerate(self.labels)}
 
     def features(self, texts: Sequence[str]) -> Any:
@@ -55,8 +54,6 @@ class LinearText:
         from sklearn.preprocessing import normalize
 
         counts_MW = self._counter.transform(texts).astype(np.float64)
-        if self.kind == "naive-bayes":
-            return counts_MW
         counts_MW.data = 1.0 + np.log(counts_MW.data)
         return normalize(counts_MW.multiply(self.scale_W).tocsr())
 
@@ -121,9 +118,20 @@ class Linear(torch.nn.Module):
 
 
 def fit_linear_text(
-    kind: str, texts: Sequence[str], labels: Sequence[str], name: str, *, strength: float = 100.0, seed: int = 0
+    kind: str,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    name: str,
+    *,
+    words: int | None = None,
+    smoothing: float = 0.01,
+    strength: float = 100.0,
+    seed: int = 0,
 ) -> LinearText:
-    """Fit one of KINDS. `strength` is C of the logistic regression. Raises ValueError for another kind or fewer than two labels."""
+    """Fit one of KINDS over the `words` most frequent words (None: all; of logistic regression those of two texts or more).
+
+    `smoothing` is alpha of naive Bayes, `strength` C of the logistic regression. Raises ValueError for another kind or fewer than two labels.
+    """
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.naive_bayes import MultinomialNB
@@ -131,17 +139,17 @@ def fit_linear_text(
     known = tuple(sorted(set(labels)))
     if kind not in KINDS or len(known) < 2:
         raise ValueError(f"kind has to be one of {', '.join(KINDS)} and there have to be two labels or more, got {kind!r} and {known[:3]}")
-    counter = CountVectorizer(ngram_range=(1, 2), min_df=2) if kind == "tfidf-lr" else CountVectorizer()
-    counts_MW = counter.fit_transform(texts)
-    words = tuple(str(word) for word in counter.get_feature_names_out())
-    index = np.array([known.index(label) for label in labels])
+    counter = CountVectorizer(min_df=2 if kind == "tfidf-lr" else 1, max_features=words)
+    seen_W = np.asarray((counter.fit_transform(texts) > 0).sum(0)).ravel()
+    vocabulary = tuple(str(word) for word in counter.get_feature_names_out())
+    idf_W, empty_CW = np.log((1 + len(texts)) / (1 + seen_W)) + 1.0, np.zeros((len(known), len(vocabulary)))
+    model = LinearText(name, kind, known, vocabulary, idf_W, empty_CW, np.zeros(len(known)))
+    rows_MW, index_M = model.features(texts), np.array([known.index(label) for label in labels])
     if kind == "naive-bayes":
-        fitted: Any = MultinomialNB().fit(counts_MW, index)
-        return LinearText(name, kind, known, words, np.ones(len(words)), fitted.feature_log_prob_, fitted.class_log_prior_)
-    seen_W = np.asarray((counts_MW > 0).sum(0)).ravel()
-    empty = np.zeros((len(known), len(words)))
-    model = LinearText(name, kind, known, words, np.log((1 + len(texts)) / (1 + seen_W)) + 1.0, empty, np.zeros(len(known)))
-    fitted = LogisticRegression(C=strength, max_iter=1000, random_state=seed).fit(model.features(texts), index)
+        bayes = MultinomialNB(alpha=smoothing).fit(rows_MW, index_M)
+        model.weight_CW, model.bias_C = bayes.feature_log_prob_, bayes.class_log_prior_
+        return model
+    fitted: Any = LogisticRegression(C=strength, max_iter=1000, random_state=seed).fit(rows_MW, index_M)
     two = len(known) == 2  # scikit-learn keeps one row then
     model.weight_CW = np.concatenate([np.zeros_like(fitted.coef_), fitted.coef_]) if two else fitted.coef_
     model.bias_C = np.concatenate([[0.0], fitted.intercept_]) if two else fitted.intercept_

@@ -12,6 +12,7 @@ Shapes: M requests, R answers of each model, F features.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 from ..files import write_bytes
 from ..types import Answer, Request, Usage
 from .distill import Distiller, Targets
-from .gates import Floats
+from .gates import Confidence, Floats
 from .single import Single
 
 Form = Literal["deterministic", "probabilistic", "transformed"]
@@ -68,13 +69,14 @@ def _spread(y_M: Floats) -> float:
 
 
 class Features(Protocol):
-    """What a router sees of a request. `name` and `size` say which features a stored router needs."""
+    """What a router sees. `name` and `size` say which features a stored router needs; `reads` whether they need a draft."""
 
     name: str
     size: int
+    reads: Literal["draft", "request"]
 
-    def __call__(self, requests: Sequence[Request]) -> tuple[Tensor, list[Usage]]:
-        """Float [M,F], and what they cost."""
+    def __call__(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> tuple[Tensor, list[Usage]]:
+        """Float [M,F], and what they cost. `drafts` is empty for features that read requests."""
         ...
 
 
@@ -83,17 +85,50 @@ class HashedText:
     """Words and pairs of words of the question, hashed into `size` buckets; rows of length 1. Costs nothing that counts."""
 
     size: int = 4096
+    reads: Literal["request"] = "request"
 
     @property
     def name(self) -> str:
         return f"hashed-text-{self.size}"
 
-    def __call__(self, requests: Sequence[Request]) -> tuple[Tensor, list[Usage]]:
+    def __call__(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> tuple[Tensor, list[Usage]]:
         from sklearn.feature_extraction.text import HashingVectorizer
 
         hashed = HashingVectorizer(n_features=self.size, ngram_range=(1, 2), alternate_sign=False)
         rows_MF = hashed.transform([request.text for request in requests]).toarray()
         return torch.tensor(rows_MF, dtype=torch.float32), [Usage()] * len(requests)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The small model's answer: its three confidences (`gates.Confidence`; of free text its likelihood, thrice) and the answer's text, hashed
+    into a one-hot, so that a router can learn which answers of the small model are to be trusted (FrugalGPT's scorer reads the answer too)."""
+
+    size: int = 259
+    name: str = "draft"
+    reads: Literal["draft"] = "draft"
+
+    def __call__(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> tuple[Tensor, list[Usage]]:
+        rows_MF = torch.zeros(len(drafts), self.size)
+        for row_F, draft in zip(rows_MF, drafts, strict=True):
+            kinds = ("max", "margin", "entropy") if draft.scores is not None else ("max",) * 3
+            row_F[:3] = torch.tensor([Confidence(kind)([], [draft])[0] for kind in kinds])
+            row_F[3 + zlib.crc32(draft.text.encode()) % (self.size - 3)] = 1.0
+        return rows_MF, [Usage()] * len(drafts)
+
+
+class Joined:
+    """Several features side by side."""
+
+    def __init__(self, parts: Sequence[Features]) -> None:
+        self.parts = parts
+        self.name = " + ".join(part.name for part in parts)
+        self.size = sum(part.size for part in parts)
+        self.reads: Literal["draft", "request"] = "draft" if any(part.reads == "draft" for part in parts) else "request"
+
+    def __call__(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> tuple[Tensor, list[Usage]]:
+        found = [part(requests, drafts) for part in self.parts]
+        return torch.cat([rows for rows, _ in found], 1), [sum(own, Usage()) for own in zip(*(usage for _, usage in found), strict=True)]
 
 
 class PooledState:
@@ -103,8 +138,9 @@ class PooledState:
         self.model = model
         self.name = f"state-of-{model.name}"
         self.size = int(model.network.get_output_embeddings().weight.shape[1])
+        self.reads: Literal["request"] = "request"
 
-    def __call__(self, requests: Sequence[Request]) -> tuple[Tensor, list[Usage]]:
+    def __call__(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> tuple[Tensor, list[Usage]]:
         batch = self.model.processor.encode_requests(requests).to(self.model.network.device)
         caught: list[Tensor] = []
         hook = self.model.network.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
@@ -121,19 +157,18 @@ class PooledState:
 
 
 class Router:
-    """A learned gate that reads the request: sigmoid(w . features + b). `about` is what it was learnt from, for the reader."""
-
-    reads: Literal["request"] = "request"
+    """A learned gate: sigmoid(w . features + b). `about` is what it was learnt from, for the reader."""
 
     def __init__(self, features: Features, weight_F: Tensor, bias: float, name: str = "router", about: dict[str, object] | None = None) -> None:
         self.features, self.weight_F, self.bias, self.name, self.about = features, weight_F, bias, name, about or {}
+        self.reads: Literal["draft", "request"] = features.reads
 
     def __call__(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> list[float]:
-        return self.billed(requests)[0]
+        return self.billed(requests, drafts)[0]
 
-    def billed(self, requests: Sequence[Request]) -> tuple[list[float], list[Usage]]:
+    def billed(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> tuple[list[float], list[Usage]]:
         """Confidences, and what they cost: see `compose.BilledGate`."""
-        rows_MF, usage = self.features(requests)
+        rows_MF, usage = self.features(requests, drafts)
         return torch.sigmoid(rows_MF @ self.weight_F + self.bias).tolist(), usage
 
     def save(self, path: Path) -> None:
@@ -155,11 +190,22 @@ def load_router(path: Path, features: Features) -> Router:
 
 
 def fit_router(
-    form: Form, features: Features, requests: Sequence[Request], small_MR: Floats, large_MR: Floats, *, epochs: int = 40, seed: int = 0
+    form: Form,
+    features: Features,
+    requests: Sequence[Request],
+    small_MR: Floats,
+    large_MR: Floats,
+    *,
+    drafts: Sequence[Answer] = (),
+    epochs: int = 40,
+    seed: int = 0,
 ) -> Router:
-    """Learn a router by the `Distiller`: two classes, "large" and "small will do", with targets of `form`."""
+    """Learn a router by the `Distiller`: two classes, "large" and "small will do", with targets of `form`. `drafts` where features read them.
+
+    Thresholds have to be chosen on other requests than these: a router is surer of those that it has seen.
+    """
     targets_M, t = routing_targets(form, small_MR, large_MR)
-    rows_MF, _ = features(requests)
+    rows_MF, _ = features(requests, drafts)
     student = _TwoClasses(features.size)
     soft_M2 = torch.tensor(np.stack([1 - targets_M, targets_M], 1), dtype=torch.float32)
     size = min(64, len(requests))

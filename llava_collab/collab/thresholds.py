@@ -31,6 +31,12 @@ class Threshold:
     quality_large: float
     of: Mapping[str, str]
 
+    @classmethod
+    def at(cls, value: float, rule: str, confidence_M: Floats, small_M: Floats, large_M: Floats, of: Mapping[str, str]) -> Threshold:
+        """A threshold of this value, with what it means on the validation items."""
+        hard_M = confidence_M < value
+        return cls(value, rule, float(hard_M.mean()), float(np.where(hard_M, large_M, small_M).mean()), float(large_M.mean()), dict(of))
+
     def save(self, path: Path) -> None:
         """As JSON."""
         write_json(path, asdict(self) | {"of": dict(self.of)})
@@ -69,7 +75,14 @@ def choose_threshold(
         fine = np.flatnonzero(shares <= share + 1e-12)  # all-small is among them
         best = int(fine[np.lexsort((shares[fine], -qualities[fine]))[0]])
     rule = f"fewest large calls at a drop of at most {drop:g}" if drop is not None else f"best quality at a share of at most {share:g}"
-    return Threshold(float(values[best]), rule, float(shares[best]), float(qualities[best]), large, dict(of))
+    return Threshold.at(float(values[best]), rule, confidence_M, small_M, large_M, of)
+
+
+def threshold_for_traffic(confidence_M: Floats, share: float) -> float:
+    """The threshold below which at most this share of the traffic lies. Needs no answer and no label, only the gate's confidences of requests
+    as they come (RouteLLM calibrates so), so the budget holds where the traffic is not what the validation data are."""
+    values, shares, _ = sweep(confidence_M, np.zeros_like(confidence_M), np.zeros_like(confidence_M))
+    return float(values[np.flatnonzero(shares <= share + 1e-12)[-1]])
 
 
 def sweep(confidence_M: Floats, small_M: Floats, large_M: Floats) -> tuple[Floats, Floats, Floats]:

@@ -6,7 +6,6 @@ together, each appends to a part of its own; `settle` folds the parts into `reco
 
 from __future__ import annotations
 
-import hashlib
 import json
 import lzma
 import shutil
@@ -14,14 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_collab.files import sha256, write_bytes, write_json, write_text
+from llava_collab.files import write_bytes, write_json, write_text
 
 RECORDS = "records.jsonl"
 PART = "records.part-{}.jsonl"
 RUN = "run.json"
 LOSSES = "losses.json"
 Row = dict[str, Any]
-_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 class RecordError(ValueError):
@@ -147,15 +145,3 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple
         elif before != after:
             changes[name] = (before, after)
     return changes
-
-
-def model_sha256(folder: Path) -> str:
-    """One hash of what decides a model's answers, by name and bytes: weights, configurations, tokenizer, processor, chat template.
-
-    Raises RecordError for a folder without `config.json` or weights.
-    """
-    files = sorted(file for pattern in _MODEL_FILES for file in folder.glob(pattern))
-    if not (folder / "config.json").is_file() or not any(file.suffix == ".safetensors" for file in files):
-        raise RecordError(f"{folder}: not a model folder (no config.json, or no *.safetensors beside it)")
-    lines = [f"{file.name} {sha256(file)}" for file in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

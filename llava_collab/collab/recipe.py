@@ -1,0 +1,409 @@
+"""Recipes: YAML files that say which models there are and how they work together. A paper's setting is such a file.
+
+    models:                                  leaves, by name
+      small: {kind: naive-bayes}             fitted to the task's labelled texts (also tfidf-lr)
+      large: {kind: network, path: runs/x/model}
+    systems:                                 composites of models and of each other, by name
+      shunt: {shunt: {small: small, large: large, gate: max, hint: soft, threshold: {share: 0.35}}}
+
+`Builder` makes them. What has to be found on validation data (thresholds, temperatures, strong choices, routers) is found when a system is
+first built for a task, and stored; without a task it has to be stored already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from ..files import keyed, model_sha256
+from ..types import Answer, Model, Request
+from .asking import Verb, ask
+from .compose import Ensemble, Route, Shunt
+from .distill import Distiller, two_stage_confidence
+from .endpoint import REMOTE_KEY, Client
+from .gates import Confidence, Floats, Gate, Oracle, Random, fit_temperature
+from .hints import Hard, Hint, Soft, Transfer, strong_choices
+from .linear_text import KINDS, Linear, LinearText, fit_linear_text
+from .proxy import Proxy
+from .recorded import Recorded
+from .remote import Remote
+from .router import Draft, Features, HashedText, Joined, PooledState, fit_router, load_router
+from .single import Single, open_single
+from .thresholds import ALL_LARGE, Threshold, choose_threshold, load_threshold, threshold_for_traffic
+
+
+class CollabError(ValueError):
+    """A recipe that says something impossible; the message names file, system and cure."""
+
+
+_keyed = partial(keyed, error=CollabError)
+_PAIR = {"small", "large", "gate", "threshold", "degrade"}
+_KINDS: Mapping[str, set[str]] = {
+    "network": {"path", "dtype"},
+    "remote": {"endpoint", "model", "price_in", "price_out", "timeout", "attempts", "parallel"},
+    **dict.fromkeys(KINDS, {"words", "smoothing", "strength", "hinted_by", "folds"}),
+    "two-stage": {"student", "teacher", "small_sure", "large_sure", "rehearsal", "steps", "lr"},
+}
+_SYSTEMS: Mapping[str, set[str]] = {
+    "shunt": _PAIR | {"hint"},
+    "route": _PAIR,
+    "ensemble": {"models"},
+    "proxy": {"base", "expert", "anti", "alpha"},
+}
+_PARTS = {"small", "large", "base", "expert", "anti", "models", "model", "hinted_by", "student", "teacher", "features"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file, checked: names that exist, kinds that exist, no key that nobody reads."""
+
+    name: str
+    models: Mapping[str, Mapping[str, Any]]
+    systems: Mapping[str, Mapping[str, Any]]
+    data: Mapping[str, Any] = field(default_factory=dict)
+    pair: tuple[str, str] | None = None
+    """The small and the large model that every system is measured against."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What models are fitted, tuned and measured on. `quality(id, answer)` is in [0, 1]; a failed answer's is 0."""
+
+    name: str
+    verb: Verb
+    fit: Sequence[tuple[Request, str]]
+    """Labelled requests that leaves are fitted to."""
+    unlabelled: Sequence[Request]
+    """Requests that a teacher may label."""
+    tuning: Sequence[Request]
+    """Requests that temperatures, strong choices and routers are found on."""
+    validation: Sequence[Request]
+    """Other requests, that thresholds are chosen on."""
+    test: Sequence[Request]
+    quality: Callable[[str, Answer], float]
+    right: Mapping[str, str] = field(default_factory=dict)
+    """Of a classification: the right choice by request id."""
+    seed: int = 0
+
+
+def load_recipe(path: Path, tools: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe. `tools` are kinds of leaves that the caller's builder adds. Raises CollabError."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CollabError(f"{path}: can't be read ({error})") from error
+    raw = _keyed(raw, f"{path}", {"name", "models", "systems", "data", "pair", "note"})
+    models, systems = _keyed(raw.get("models"), f"{path}, models"), _keyed(raw.get("systems") or {}, f"{path}, systems")
+    if both := sorted(models.keys() & systems.keys()):
+        raise CollabError(f"{path}: {both[0]!r} is a model and a system; give it one name")
+    names = models.keys() | systems.keys()
+    for name, spec in models.items():
+        where = f"{path}, model {name!r}"
+        kind = _keyed(spec, where).get("kind")
+        if kind not in _KINDS and kind not in tools:
+            raise CollabError(f"{where}: no kind {kind!r}; there are {', '.join([*_KINDS, *tools])}")
+        _keyed(spec, where, {"kind", *_KINDS.get(str(kind), set())})
+        _known(where, [spec[key] for key in ("hinted_by", "student", "teacher") if key in spec], names)
+    for name, spec in systems.items():
+        where = f"{path}, system {name!r}"
+        if len(_keyed(spec, where)) != 1 or next(iter(spec)) not in _SYSTEMS:
+            raise CollabError(f"{where}: has to be one of {', '.join(_SYSTEMS)}, with its settings")
+        kind, settings = next(iter(spec.items()))
+        settings = _keyed(settings, where, _SYSTEMS[kind])
+        parts = settings.get("models") or [settings.get(key) for key in ("small", "large", "base", "expert", "anti") if key in _SYSTEMS[kind]]
+        _known(where, parts, names)
+    pair = _keyed(raw["pair"], f"{path}, pair", {"small", "large"}) if raw.get("pair") else None
+    if pair:
+        _known(f"{path}, pair", [pair.get("small"), pair.get("large")], names)
+    return Recipe(
+        str(raw.get("name") or path.stem), models, systems, dict(raw.get("data") or {}),
+        (pair["small"], pair["large"]) if pair else None, str(raw.get("note") or ""),
+    )  # fmt: skip
+
+
+def _known(where: str, wanted: Sequence[Any], names: Any) -> None:
+    for name in wanted:
+        if name not in names:
+            raise CollabError(f"{where}: names {name!r}, and there is no such model or system; there are {', '.join(sorted(names))}")
+
+
+class Builder:
+    """Makes the models and systems of a recipe, each once.
+
+    `folder` keeps the leaves' answers and what was found on validation data; None keeps nothing (and needs fixed thresholds). `tools` are
+    further kinds of leaves: kind -> (name, settings) -> model.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        task: Task | None = None,
+        folder: Path | None = None,
+        tools: Mapping[str, Callable[[str, Mapping[str, Any]], Model]] | None = None,
+        device: str | torch.device = "cpu",
+        batch_size: int = 16,
+    ) -> None:
+        self.recipe, self.task, self.folder, self.tools = recipe, task, folder, tools or {}
+        self.device, self.batch_size = device, batch_size
+        self.thresholds: dict[str, Threshold] = {}
+        self._made: dict[str, Model] = {}
+        self._bare: dict[str, Model] = {}
+        self._identities: dict[str, str] = {}
+        self._making: list[str] = []
+
+    def model(self, name: str) -> Model:
+        """The model or system of this name. Raises CollabError for an unknown name, a circle, and what can't be made."""
+        if name not in self._made:
+            if name in self._making:
+                raise CollabError(f"{self.recipe.name}: {' -> '.join([*self._making, name])} is a circle")
+            self._making.append(name)
+            try:
+                if name in self.recipe.systems:
+                    self._made[name] = self._system(name, self.recipe.systems[name])
+                elif name in self.recipe.models:
+                    self._made[name] = self._recorded(name, self._leaf(name))
+                else:
+                    raise CollabError(f"{self.recipe.name}: no model {name!r}; there are {', '.join([*self.recipe.models, *self.recipe.systems])}")
+            finally:
+                self._making.pop()
+        return self._made[name]
+
+    def identity(self, name: str) -> str:
+        """What decides a model's answers: its settings, the bytes of its weights, and all that of its parts."""
+        if name not in self._identities:
+            self.model(name)
+            spec = self.recipe.models.get(name) or self.recipe.systems[name]
+            content: list[Any] = [spec]
+            bare = self._bare.get(name)
+            if isinstance(bare, LinearText):
+                content += [bare.labels, hashlib.sha256(bare.weight_CW.tobytes()).hexdigest()]
+            elif spec.get("kind") == "network":
+                content.append(model_sha256(Path(spec["path"])) if Path(spec["path"]).is_dir() else spec["path"])
+            names = self.recipe.models.keys() | self.recipe.systems.keys()
+            content += [self.identity(part) for part in _parts(spec) if part in names]
+            self._identities[name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return self._identities[name]
+
+    def _recorded(self, name: str, model: Model) -> Model:
+        self._bare[name] = self._made[name] = model
+        if self.folder is None:
+            return model
+        return Recorded(model, self.folder / "answers" / f"{file_name(name)}.jsonl", self.identity(name), self.batch_size)
+
+    def _leaf(self, name: str) -> Model:
+        spec = dict(self.recipe.models[name])
+        kind = spec.pop("kind")
+        if kind in self.tools:
+            return self.tools[kind](name, spec)
+        if kind == "network":
+            dtype = None if spec.get("dtype") is None else getattr(torch, spec["dtype"])
+            return open_single(spec["path"], name, device=self.device, dtype=dtype)
+        if kind == "remote":
+            client = Client(spec["endpoint"], spec["model"], timeout=spec.get("timeout", 60.0), attempts=spec.get("attempts", 3), key=REMOTE_KEY)
+            return Remote(client, name, spec.get("price_in", 0.0), spec.get("price_out", 0.0), spec.get("parallel", 8))
+        task = self._needs_task(name, "is fitted to labelled texts")
+        return self._taught(name, task, spec) if kind == "two-stage" else self._fitted(name, kind, task, spec)
+
+    def _fitted(self, name: str, kind: str, task: Task, spec: Mapping[str, Any]) -> LinearText:
+        requests, labels = [request for request, _ in task.fit], [label for _, label in task.fit]
+        own = {key: value for key, value in spec.items() if key not in ("hinted_by", "folds")}
+        if "hinted_by" in spec:  # it learns to read hints from drafts of models that have not seen the text
+            requests = self._hinted(requests, labels, task, dict(self.recipe.models[spec["hinted_by"]]), int(spec.get("folds", 5)))
+        return fit_linear_text(kind, [request.text for request in requests], labels, name, seed=task.seed, **own)
+
+    def _hinted(self, requests: Sequence[Request], labels: Sequence[str], task: Task, spec: dict[str, Any], folds: int) -> list[Request]:
+        fold_M = np.random.default_rng(task.seed).permutation(len(requests)) % folds
+        kind, told = spec.pop("kind"), list(requests)
+        for fold in range(folds):
+            known, fresh = np.flatnonzero(fold_M != fold), np.flatnonzero(fold_M == fold)
+            small = fit_linear_text(kind, [requests[k].text for k in known], [labels[k] for k in known], "fold", seed=task.seed, **spec)
+            asked = [replace(requests[k], choices=small.labels) for k in fresh]
+            for k, hinted in zip(fresh, Soft()(asked, small.score(asked))[0], strict=True):
+                told[k] = requests[k].asking(hinted.text)
+        return told
+
+    def _taught(self, name: str, task: Task, spec: Mapping[str, Any]) -> LinearText:
+        """2CD on the task's unlabelled requests."""
+        self.model(spec["student"])
+        student, teacher = self._bare[spec["student"]], self.model(spec["teacher"])
+        if not isinstance(student, LinearText):
+            raise CollabError(f"{name}: the student of two-stage distillation has to be a linear text model, not {spec['student']!r}")
+        small_MC, large_MC = (
+            torch.tensor([answer.scores for answer in ask(model, task.unlabelled, "score")], dtype=torch.float32) for model in (student, teacher)
+        )
+        order = [task.unlabelled[0].choices.index(label) for label in student.labels]
+        limits = {"small_sure": spec.get("small_sure", 0.9), "large_sure": spec.get("large_sure", 0.9)}
+        labeler = two_stage_confidence(small_MC[:, order], large_MC[:, order], rehearsal=spec.get("rehearsal", 1.0), **limits)
+        module = Linear(student)
+        distiller = Distiller(spec.get("steps", 300), 64, lr=spec.get("lr", 0.01), seed=task.seed)
+        distiller.fit(module, [request.text for request in task.unlabelled], labeler, quiet=True)
+        return module.back(name)
+
+    def _system(self, name: str, spec: Mapping[str, Any]) -> Model:
+        kind, settings = next(iter(spec.items()))
+        if kind == "ensemble":
+            return Ensemble(tuple(self.model(part) for part in settings["models"]), name)
+        if kind == "proxy":
+            for part in ("base", "expert", "anti"):
+                self.model(settings[part])
+            base, expert, anti = (self._bare[settings[part]] for part in ("base", "expert", "anti"))
+            if not (isinstance(base, Single) and isinstance(expert, Single) and isinstance(anti, Single)):
+                raise CollabError(f"{name}: a proxy is made of networks, whose logits can be had")
+            return self._recorded(name, Proxy(base, expert, anti, settings.get("alpha", 1.0), name))
+        small, large = self.model(settings["small"]), self.model(settings["large"])
+        gate = self._gate(name, settings)
+        rest = {"name": name, "degrade": bool(settings.get("degrade", False))}
+        if kind == "route":
+            return self._tuned(Route(small, large, gate, ALL_LARGE, **rest), settings)
+        return self._tuned(Shunt(small, large, gate, ALL_LARGE, hint=self._hint(name, settings), **rest), settings)
+
+    def _gate(self, name: str, settings: Mapping[str, Any]) -> Gate:
+        spec = settings.get("gate", "max")
+        spec = {"kind": spec} if isinstance(spec, str) else _keyed(spec, f"{name}, gate", {"kind", "calibrate", "seed", "features", "path", "epochs"})
+        kind = spec.get("kind")
+        if kind in ("max", "margin", "entropy"):
+            return Confidence(kind, self._temperature(name, settings["small"]) if spec.get("calibrate") else 1.0)
+        if kind == "random":
+            return Random(int(spec.get("seed", self.task.seed if self.task else 0)))
+        if kind == "oracle":
+            task = self._needs_task(name, "has an oracle for a gate")
+            asked = [*task.tuning, *task.validation, *task.test]
+            gains = self._quality(settings["small"], asked) - self._quality(settings["large"], asked)
+            return Oracle({request.id: float(gain) for request, gain in zip(asked, gains, strict=True)})
+        if kind in ("deterministic", "probabilistic", "transformed"):
+            features = self._features(name, spec.get("features", "text"))
+            if "path" in spec:
+                return load_router(Path(spec["path"]), features)
+            path = self.folder / f"{file_name(name)}.router.safetensors" if self.folder else None
+            if self.task is None and path is not None and path.isfile_name():
+                return load_router(path, features)
+            task = self._needs_task(name, "learns a router")
+            small_M1, large_M1 = (self._quality(settings[part], task.tuning)[:, None] for part in ("small", "large"))
+            drafts = ask(self.model(settings["small"]), task.tuning, task.verb) if features.reads == "draft" else []
+            options = {"epochs": int(spec.get("epochs", 40)), "seed": task.seed}
+            router = fit_router(kind, features, task.tuning, small_M1, large_M1, drafts=drafts, **options)
+            if path is not None:
+                router.save(path)
+            return router
+        raise CollabError(f"{name}: no gate {kind!r}; there are max, margin, entropy, random, oracle, deterministic, probabilistic, transformed")
+
+    def _features(self, name: str, kind: str | list[str]) -> Features:
+        if isinstance(kind, list):
+            return Joined([self._features(name, one) for one in kind])
+        if kind in ("text", "draft"):
+            return HashedText() if kind == "text" else Draft()
+        if kind not in self.recipe.models:
+            raise CollabError(f"{name}: features are `text`, `draft`, the name of a network whose state over the prompt is read, or a list of these, not {kind!r}")
+        self.model(kind)
+        network = self._bare[kind]
+        if not isinstance(network, Single):
+            raise CollabError(f"{name}: {kind!r} is no network, so it has no state to read")
+        return PooledState(network)
+
+    def _temperature(self, name: str, small: str) -> float:
+        task = self._needs_task(name, "has a gate that is calibrated")
+        answers = ask(self.model(small), task.tuning, task.verb)
+        fine = [(r, a) for r, a in zip(task.tuning, answers, strict=True) if a.scores is not None and task.right.get(r.id) in r.choices]
+        if not fine:
+            raise CollabError(f"{name}: a temperature needs scores and right choices, and {small!r} or the task gives none")
+        return fit_temperature(np.array([a.scores for _, a in fine]), np.array([r.choices.index(task.right[r.id]) for r, _ in fine]))
+
+    def _hint(self, name: str, settings: Mapping[str, Any]) -> Hint | None:
+        spec = settings.get("hint")
+        if spec in (None, "none"):
+            return None
+        spec = {"kind": spec} if isinstance(spec, str) else _keyed(spec, f"{name}, hint", {"kind", "top", "sure", "share", "model", "question", "template"})
+        if spec.get("kind") == "soft":
+            return Soft(int(spec.get("top", 3)))
+        if spec.get("kind") == "transfer":
+            own = {key: spec[key] for key in ("question", "template") if key in spec}
+            return Transfer(self.model(spec["model"]), **own)
+        if spec.get("kind") != "hard":
+            raise CollabError(f"{name}: no hint {spec.get('kind')!r}; there are none, soft, hard and transfer")
+        task = self._needs_task(name, "prunes choices that its small model is good at")
+        answers = ask(self.model(settings["small"]), task.tuning, "score")
+        choices = task.tuning[0].choices
+        right = [choices.index(task.right[request.id]) if task.right[request.id] in choices else -1 for request in task.tuning]
+        scores_MN = np.array([answer.scores for answer in answers])
+        return Hard(strong_choices(scores_MN, right, choices, float(spec.get("sure", 0.9)), float(spec.get("share", 0.9))))
+
+    def _tuned(self, pair: Shunt | Route, settings: Mapping[str, Any]) -> Model:
+        spec = settings.get("threshold", {"drop": 0.01})
+        if isinstance(spec, int | float):
+            return replace(pair, threshold=float(spec))
+        hint = getattr(pair, "hint", None)
+        of = {"gate": pair.gate.name, "small": self.identity(settings["small"]), "large": self.identity(settings["large"]),
+              "hint": hint.name if hint else "none"}  # fmt: skip
+        path = Path(spec) if isinstance(spec, str) else self.folder / "thresholds" / f"{file_name(pair.name)}.json" if self.folder else None
+        if path is not None and (isinstance(spec, str) or self.task is None):
+            threshold = load_threshold(path, of)
+        else:
+            task = self._needs_task(pair.name, "has a threshold that is chosen on validation data")
+            budget = _keyed(spec, f"{pair.name}, threshold", {"drop", "share", "traffic"})
+            columns = both_ways(pair, task, task.validation)
+            if "traffic" in budget:
+                value = threshold_for_traffic(confidences(pair, task, task.test), float(budget["traffic"]))
+                threshold = Threshold.at(value, f"at most {budget['traffic']:.0%} of the traffic", *columns, of=of)
+            else:
+                threshold = choose_threshold(*columns, of=of, **budget)
+            if path is not None:
+                threshold.save(path)
+        self.thresholds[pair.name] = threshold
+        return replace(pair, threshold=threshold.value)
+
+    def _quality(self, name: str, requests: Sequence[Request]) -> Floats:
+        assert self.task is not None
+        return qualities(self.task, requests, ask(self.model(name), requests, self.task.verb))
+
+    def _needs_task(self, name: str, why: str) -> Task:
+        if self.task is None:
+            raise CollabError(f"{self.recipe.name}: {name!r} {why}, so it needs the recipe's data: run eval/system.py first, or fix it in the recipe")
+        return self.task
+
+
+def qualities(task: Task, requests: Sequence[Request], answers: Sequence[Answer]) -> Floats:
+    """[M] qualities; a failed answer's is 0."""
+    pairs = zip(requests, answers, strict=True)
+    return np.array([0.0 if answer.error is not None else task.quality(request.id, answer) for request, answer in pairs])
+
+
+def confidences(pair: Shunt | Route, task: Task, requests: Sequence[Request]) -> Floats:
+    """[M], without asking the large model anything."""
+    drafts = ask(pair.small, requests, task.verb) if isinstance(pair, Shunt) else []
+    return np.array(pair.gated(requests, drafts)[0])
+
+
+def both_ways(pair: Shunt | Route, task: Task, requests: Sequence[Request]) -> tuple[Floats, Floats, Floats]:
+    """Confidence, quality of the small and quality of the large answer (with its hint) to every request, [M] each: what a curve is made of."""
+    large = ask(replace(pair, threshold=float("inf")), requests, task.verb)
+    small = [answer.parts[0] for answer in large] if isinstance(pair, Shunt) else ask(pair.small, requests, task.verb)
+    confidence = [float("-inf") if answer.confidence is None else answer.confidence for answer in large]
+    return np.array(confidence), qualities(task, requests, small), qualities(task, requests, large)
+
+
+def _parts(spec: Any) -> list[str]:
+    """The names that a setting builds on, in order."""
+    found: list[str] = []
+    for key, value in spec.items() if isinstance(spec, Mapping) else []:
+        if key in _PARTS:
+            found += value if isinstance(value, list) else [value]
+        else:
+            found += _parts(value)
+    return [name for name in found if isinstance(name, str)]
+
+
+def file_name(name: str) -> str:
+    """A name as a file's: readable, and different for different names."""
+    plain = "".join(c if c.isalnum() else "-" for c in name)
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
