@@ -36,7 +36,6 @@ class LinearText:
     """
 
     name: str
-    kind: str
     labels: tuple[str, ...]
     words: tuple[str, ...]
     scale_W: Floats
@@ -92,7 +91,7 @@ class LinearText:
         """Write `model.safetensors` and `model.json`."""
         tensors = {"scale": self.scale_W, "weight": self.weight_CW, "bias": self.bias_C}
         write_bytes(folder / "model.safetensors", save({key: np.ascontiguousarray(value) for key, value in tensors.items()}))
-        write_json(folder / "model.json", {"name": self.name, "kind": self.kind, "labels": list(self.labels), "words": list(self.words)})
+        write_json(folder / "model.json", {"name": self.name, "labels": list(self.labels), "words": list(self.words)})
 
 
 class Linear(torch.nn.Module):
@@ -114,7 +113,7 @@ class Linear(torch.nn.Module):
     def back(self, name: str) -> LinearText:
         model = self.model
         weight_CW = self.weight_WC.detach().T.double().numpy()
-        return LinearText(name, model.kind, model.labels, model.words, model.scale_W, weight_CW, self.bias_C.detach().double().numpy())
+        return LinearText(name, model.labels, model.words, model.scale_W, weight_CW, self.bias_C.detach().double().numpy())
 
 
 def fit_linear_text(
@@ -132,18 +131,13 @@ def fit_linear_text(
 
     `smoothing` is alpha of naive Bayes, `strength` C of the logistic regression. Raises ValueError for another kind or fewer than two labels.
     """
-    from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.naive_bayes import MultinomialNB
 
     known = tuple(sorted(set(labels)))
     if kind not in KINDS or len(known) < 2:
         raise ValueError(f"kind has to be one of {', '.join(KINDS)} and there have to be two labels or more, got {kind!r} and {known[:3]}")
-    counter = CountVectorizer(min_df=2 if kind == "tfidf-lr" else 1, max_features=words)
-    seen_W = np.asarray((counter.fit_transform(texts) > 0).sum(0)).ravel()
-    vocabulary = tuple(str(word) for word in counter.get_feature_names_out())
-    idf_W, empty_CW = np.log((1 + len(texts)) / (1 + seen_W)) + 1.0, np.zeros((len(known), len(vocabulary)))
-    model = LinearText(name, kind, known, vocabulary, idf_W, empty_CW, np.zeros(len(known)))
+    model = empty_linear_text(texts, known, name, words=words, least=2 if kind == "tfidf-lr" else 1)
     rows_MW, index_M = model.features(texts), np.array([known.index(label) for label in labels])
     if kind == "naive-bayes":
         bayes = MultinomialNB(alpha=smoothing).fit(rows_MW, index_M)
@@ -156,6 +150,17 @@ def fit_linear_text(
     return model
 
 
+def empty_linear_text(texts: Sequence[str], labels: Sequence[str], name: str, *, words: int | None = None, least: int = 2) -> LinearText:
+    """A model that knows nothing yet (zero weights): the `words` most frequent words of `texts`, each in `least` of them or more."""
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    counter = CountVectorizer(min_df=least, max_features=words)
+    seen_W = np.asarray((counter.fit_transform(texts) > 0).sum(0)).ravel()
+    vocabulary = tuple(str(word) for word in counter.get_feature_names_out())
+    idf_W = np.log((1 + len(texts)) / (1 + seen_W)) + 1.0
+    return LinearText(name, tuple(sorted(labels)), vocabulary, idf_W, np.zeros((len(labels), len(vocabulary))), np.zeros(len(labels)))
+
+
 def load_linear_text(folder: Path) -> LinearText:
     """What `save` wrote. Raises ValueError that names the file where it is not that."""
     try:
@@ -164,7 +169,7 @@ def load_linear_text(folder: Path) -> LinearText:
         scale_W, weight_CW, bias_C = (tensors[key] for key in ("scale", "weight", "bias"))
         if weight_CW.shape != (len(labels), len(words)) or scale_W.shape != (len(words),) or bias_C.shape != (len(labels),):
             raise ValueError(f"shapes {weight_CW.shape}, {scale_W.shape}, {bias_C.shape} for {len(labels)} labels and {len(words)} words")
-        return LinearText(about["name"], about["kind"], labels, words, scale_W, weight_CW, bias_C)
+        return LinearText(about["name"], labels, words, scale_W, weight_CW, bias_C)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder}: not a stored text classifier ({type(error).__name__}: {error}); fit it anew") from error
 

@@ -28,11 +28,11 @@ from ..files import keyed, model_sha256
 from ..types import Answer, Model, Request
 from .asking import Verb, ask
 from .compose import Ensemble, Route, Shunt
-from .distill import Distiller, two_stage_confidence
+from .distill import Distiller, Labeler, Targets, WeakToStrong, two_stage_confidence
 from .endpoint import REMOTE_KEY, Client
 from .gates import Confidence, Floats, Gate, Oracle, Random, fit_temperature
 from .hints import Hard, Hint, Soft, Transfer, strong_choices
-from .linear_text import KINDS, Linear, LinearText, fit_linear_text
+from .linear_text import KINDS, Linear, LinearText, empty_linear_text, fit_linear_text, right_indices
 from .proxy import Proxy
 from .recorded import Recorded
 from .remote import Remote
@@ -52,6 +52,7 @@ _KINDS: Mapping[str, set[str]] = {
     "remote": {"endpoint", "model", "price_in", "price_out", "timeout", "attempts", "parallel"},
     **dict.fromkeys(KINDS, {"words", "smoothing", "strength", "hinted_by", "folds"}),
     "two-stage": {"student", "teacher", "small_sure", "large_sure", "rehearsal", "steps", "lr"},
+    "distilled": {"teacher", "alpha", "warmup", "words", "steps", "lr"},
 }
 _SYSTEMS: Mapping[str, set[str]] = {
     "shunt": _PAIR | {"hint"},
@@ -213,7 +214,9 @@ class Builder:
             client = Client(spec["endpoint"], spec["model"], timeout=spec.get("timeout", 60.0), attempts=spec.get("attempts", 3), key=REMOTE_KEY)
             return Remote(client, name, spec.get("price_in", 0.0), spec.get("price_out", 0.0), spec.get("parallel", 8))
         task = self._needs_task(name, "is fitted to labelled texts")
-        return self._taught(name, task, spec) if kind == "two-stage" else self._fitted(name, kind, task, spec)
+        if kind == "two-stage":
+            return self._taught(name, task, spec)
+        return self._distilled(name, task, spec) if kind == "distilled" else self._fitted(name, kind, task, spec)
 
     def _fitted(self, name: str, kind: str, task: Task, spec: Mapping[str, Any]) -> LinearText:
         requests, labels = [request for request, _ in task.fit], [label for _, label in task.fit]
@@ -250,6 +253,24 @@ class Builder:
         distiller.fit(module, [request.text for request in task.unlabelled], labeler, quiet=True)
         return module.back(name)
 
+    def _distilled(self, name: str, task: Task, spec: Mapping[str, Any]) -> LinearText:
+        """A linear student over all words, from the teacher's distributions on the unlabelled requests; without a teacher from their labels.
+
+        With `alpha` by weak-to-strong's confidence loss, else by plain distillation.
+        """
+        texts, choices = [request.text for request in task.unlabelled], task.unlabelled[0].choices
+        student = empty_linear_text(texts, choices, name, words=spec.get("words"))
+        order = [choices.index(label) for label in student.labels]
+        if "teacher" in spec:
+            told = [answer.scores for answer in ask(self.model(spec["teacher"]), task.unlabelled, "score")]
+            targets_MC = torch.tensor(told, dtype=torch.float32)[:, order]
+            labeler: Labeler = WeakToStrong(targets_MC, spec["alpha"], spec.get("warmup", 0.2)) if "alpha" in spec else Targets(targets_MC)
+        else:
+            labeler = Targets(torch.tensor(right_indices([task.right[request.id] for request in task.unlabelled], student.labels)))
+        module = Linear(student)
+        Distiller(spec.get("steps", 600), 64, lr=spec.get("lr", 0.05), seed=task.seed).fit(module, texts, labeler, quiet=True)
+        return module.back(name)
+
     def _system(self, name: str, spec: Mapping[str, Any]) -> Model:
         kind, settings = next(iter(spec.items()))
         if kind == "ensemble":
@@ -266,7 +287,8 @@ class Builder:
         rest = {"name": name, "degrade": bool(settings.get("degrade", False))}
         if kind == "route":
             return self._tuned(Route(small, large, gate, ALL_LARGE, **rest), settings)
-        return self._tuned(Shunt(small, large, gate, ALL_LARGE, hint=self._hint(name, settings), **rest), settings)
+        bare = Shunt(small, large, gate, ALL_LARGE, **rest)
+        return self._tuned(replace(bare, hint=self._hint(bare, settings)), settings)
 
     def _gate(self, name: str, settings: Mapping[str, Any]) -> Gate:
         spec = settings.get("gate", "max")
@@ -319,8 +341,8 @@ class Builder:
             raise CollabError(f"{name}: a temperature needs scores and right choices, and {small!r} or the task gives none")
         return fit_temperature(np.array([a.scores for _, a in fine]), np.array([r.choices.index(task.right[r.id]) for r, _ in fine]))
 
-    def _hint(self, name: str, settings: Mapping[str, Any]) -> Hint | None:
-        spec = settings.get("hint")
+    def _hint(self, bare: Shunt, settings: Mapping[str, Any]) -> Hint | None:
+        name, spec = bare.name, settings.get("hint")
         if spec in (None, "none"):
             return None
         spec = {"kind": spec} if isinstance(spec, str) else _keyed(spec, f"{name}, hint", {"kind", "top", "sure", "share", "model", "question", "template"})
@@ -336,7 +358,13 @@ class Builder:
         choices = task.tuning[0].choices
         right = [choices.index(task.right[request.id]) if task.right[request.id] in choices else -1 for request in task.tuning]
         scores_MN = np.array([answer.scores for answer in answers])
-        return Hard(strong_choices(scores_MN, right, choices, float(spec.get("sure", 0.9)), float(spec.get("share", 0.9))))
+        sure = spec.get("sure", 0.9)
+        if sure == "threshold":  # what the small model would have answered itself depends on the shunt's own threshold
+            budget = settings.get("threshold")
+            if not isinstance(budget, Mapping) or "traffic" not in budget:
+                raise CollabError(f"{name}: `sure: threshold` needs a threshold that does not depend on the hint, {{traffic: SHARE}}")
+            sure = threshold_for_traffic(confidences(bare, task, task.test), float(budget["traffic"]))
+        return Hard(strong_choices(scores_MN, right, choices, float(sure), float(spec.get("share", 0.9))))
 
     def _tuned(self, pair: Shunt | Route, settings: Mapping[str, Any]) -> Model:
         spec = settings.get("threshold", {"drop": 0.01})

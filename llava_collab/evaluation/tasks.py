@@ -38,20 +38,20 @@ class Suited:
 def read_task(data: Mapping[str, Any], seed: int = 0, data_root: Path | None = None) -> tuple[Task, Suited | None]:
     """The task that a recipe's `data` names, and what it was made of where that is a suite:
 
-        {texts: r52}                                                     a set of `data.texts`, all of its labels as choices
+        {texts: r52, shares: {unlabelled: 0.4}}    a set of `data.texts`, all of its labels as choices; `shares` in place of SHARES
         {suite: eval/suites/cmt-open.yaml, tuning: val, validation: decision, test: test, items_per_category: 100}
 
     Raises CollabError, and what the readers of the data raise.
     """
-    data = keyed(data, "data", {"texts", "suite", "tuning", "validation", "test", "items_per_category", "categories"}, CollabError)
+    data = keyed(data, "data", {"texts", "shares", "suite", "tuning", "validation", "test", "items_per_category", "categories"}, CollabError)
     if "texts" in data:
-        return text_task(data["texts"], seed), None
+        return text_task(data["texts"], seed, keyed(data.get("shares") or SHARES, "data, shares", set(SHARES), CollabError)), None
     if "suite" in data:
         return suite_task(data, seed, data_root)
     raise CollabError("a recipe's data are {texts: NAME} or {suite: FILE, validation: SPLIT, test: SPLIT, tuning: SPLIT}")
 
 
-def text_task(name: str, seed: int = 0) -> Task:
+def text_task(name: str, seed: int = 0, shares: Mapping[str, float] = SHARES) -> Task:
     """Classify the texts of a set. Its training texts are dealt out by a hash of seed and place: labelled, unlabelled, for validation."""
     if name not in TEXT_SETS:
         raise CollabError(f"no texts {name!r}; there are {', '.join(TEXT_SETS)}")
@@ -63,10 +63,11 @@ def text_task(name: str, seed: int = 0) -> Task:
     }
     fit: list[tuple[Request, str]] = []
     parts: dict[str, list[Request]] = {name: [] for name in SHARES}
-    ends = list(accumulate(SHARES.values()))
+    shares = {name: shares.get(name, SHARES[name]) for name in SHARES}
+    ends = list(accumulate(shares.values()))
     for request, label in asked["train"]:
         place = unit_interval(f"{seed}|{request.id}")
-        part = next((name for name, end in zip(SHARES, ends, strict=True) if place < end), None)
+        part = next((name for name, end in zip(shares, ends, strict=True) if place < end), None)
         parts[part].append(request) if part else fit.append((request, label))
     right = {request.id: label for request, label in [*asked["train"], *asked["test"]]}
     tested = [request for request, _ in asked["test"]]
