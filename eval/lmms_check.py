@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import tyro
 
-from llava_collab.files import model_sha256
 from llava_collab.collab.single import Single
 from llava_collab.data.samples import Sample, iter_records
 from llava_collab.evaluation.evaluator import evaluate
 from llava_collab.evaluation.records import RecordError, Row, read_rows
 from llava_collab.evaluation.suite import SuiteError, load_suite
+from llava_collab.files import model_sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "cmt_open_"

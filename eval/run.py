@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from llava_collab.files import model_sha256
 from llava_collab.collab.single import Single
 from llava_collab.evaluation import report
 from llava_collab.evaluation.baselines import BASELINES
@@ -29,6 +28,7 @@ from llava_collab.evaluation.metrics import Scorer
 from llava_collab.evaluation.ranks import Ranks, joined
 from llava_collab.evaluation.records import RecordError
 from llava_collab.evaluation.suite import SuiteError, load_suite
+from llava_collab.files import model_sha256
 from llava_collab.types import Model
 
 if TYPE_CHECKING:

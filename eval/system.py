@@ -1,7 +1,7 @@
 """Measure systems of models: quality, cost and latency of every model and composite of a recipe, on the same requests.
 
-    python eval/system.py eval/suites/ds-r52.yaml --seeds 0 1 2 --out runs/systems/ds-r52
-    python eval/system.py eval/suites/cmt-systems.yaml --out runs/systems/cmt --only "HyperLLaVA" "DS+"
+    python eval/system.py eval/suites/systems/ds-r52.yaml --seeds 0 1 2 --out runs/systems/ds-r52
+    python eval/system.py eval/suites/systems/cmt-open.yaml --out runs/systems/cmt --only "HyperLLaVA" "DS+"
 
 Prints the table (with PGR, APGR, CPT, cost advantage), writes table.md, .csv, .tex and a plot of quality against cost into --out.
 Killed? Run the same command again: answers of every model are kept, composites are made of them anew.
@@ -30,7 +30,7 @@ class Args:
     """Measure the systems of a recipe, resumably."""
 
     recipe: tyro.conf.Positional[Path]
-    """File that says which models there are, how they work together, and on which data: eval/suites/ds-*.yaml, cmt-systems.yaml."""
+    """File that says which models there are, how they work together, and on which data: eval/suites/systems/ds-*.yaml, cmt-open.yaml."""
 
     out: Path
     """Folder for answers, records, thresholds, tables and the plot."""

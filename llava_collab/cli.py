@@ -251,36 +251,61 @@ class BuildText:
 
 @dataclass
 class Ask:
-    """Ask a trained model one question about one or several images (or none)."""
+    """Ask a trained model, or several that work together, one question about one or several images (or none).
+
+    A recipe of models (eval/suites/systems/cmt-open.yaml) is asked by one of its systems; what that found on validation data is read from
+    the folder that eval/system.py wrote. Who answered, who was asked, and what it cost, goes to stderr.
+    """
 
     model: Positional[Path]
-    """a model folder, e.g. runs/quickstart/hyper/model"""
+    """a model folder, e.g. runs/quickstart/hyper/model, or a recipe of models, e.g. eval/suites/systems/cmt-open.yaml"""
     question: Positional[str]
     """the question; image marks are put in front of it"""
     image: tuple[Path, ...] = ()
     """image files, in order"""
+    system: str | None = None
+    """of a recipe: the model or system to ask (default: its last system)"""
+    found: Path | None = None
+    """of a recipe: folder with the thresholds and routers that were found, RUN/seed-0 of eval/system.py"""
+    choices: tuple[str, ...] = ()
+    """answer with one of these, by their probabilities"""
     max_new_tokens: int = 64
     """length limit of the answer"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N"""
 
     def run(self) -> int:
-        from .collab.single import Single
+        from .collab.asking import ask
         from .types import Request, Turn
 
-        network, processor = _open(self.model, self.device)
-        request = Request("ask", (Turn("user", "<image>\n" * len(self.image) + self.question),), self.image, self.max_new_tokens)
-        answer = Single(network, processor, str(self.model)).generate([request])[0]
+        text = "<image>\n" * len(self.image) + self.question
+        request = Request("ask", (Turn("user", text),), self.image, self.max_new_tokens, self.choices)
+        answer = ask(self._model(), [request], "score" if self.choices else "generate")[0]
         if answer.error:
             print(answer.error, file=sys.stderr)
             return 1
         print(answer.text)
         used = answer.usage
-        print(
-            f"[{answer.model}: {used.prompt_tokens} + {used.generated_tokens} tokens, {used.flops / 1e9:.1f} GFLOP, {used.seconds:.2f} s]",
-            file=sys.stderr,
-        )
+        bill = f"{used.prompt_tokens} + {used.generated_tokens} tokens, {used.flops / 1e9:.1f} GFLOP, {used.seconds:.2f} s"
+        bill += f", price {used.price:.6f}" if used.price else ""
+        asked = f", asked {', '.join(answer.by)}" if answer.parts else ""
+        sure = "" if answer.confidence is None else f", confidence of the small one {answer.confidence:.2f}"
+        print(f"[{answer.model} answered{asked}{sure}: {bill}]" + (f" {answer.note}" if answer.note else ""), file=sys.stderr)
         return 0
+
+    def _model(self) -> Any:
+        from .collab.recipe import Builder, load_recipe
+        from .collab.single import Single
+
+        if self.model.suffix not in (".yaml", ".yml"):
+            network, processor = _open(self.model, self.device)
+            return Single(network, processor, str(self.model))
+        from .models.build import pick_device
+
+        recipe = load_recipe(self.model)
+        return Builder(recipe, folder=self.found, keep_answers=False, device=pick_device(self.device)).model(
+            self.system or [*recipe.models, *recipe.systems][-1]
+        )
 
 
 @dataclass

@@ -28,8 +28,7 @@ from torch import Tensor
 
 from .data.conversation import IMAGE_MARK
 from .data.images import resolve_image
-from .evaluation.records import model_sha256
-from .files import sha256, sync_folder
+from .files import model_sha256, sha256, sync_folder
 from .models.configuration import ExpertConfig, HyperLlavaConfig
 from .models.hypernetwork import Generated, HyperNetwork
 from .types import Request, Turn

@@ -202,3 +202,13 @@ def test_composites_are_models() -> None:
     for composite in (Shunt(small, large, Confidence(), 0.5, "s"), Route(small, large, Random(), 0.5, "r"), Ensemble((small, large))):
         assert isinstance(composite, Model) and isinstance(composite, ScoringModel)
     assert Shunt(small, large, Confidence(), 0.5).score([]) == []
+
+
+def test_a_prior_weighs_the_choices_of_the_large_model() -> None:
+    small, large = pair()
+    answers = Shunt(small, large, Confidence(), 0.95, prior=0.5).score(REQUESTS)
+    for answer, request in zip(answers, REQUESTS, strict=True):
+        products = [b * a**0.5 for a, b in zip(SURE[request.id], LARGE[request.id], strict=True)]
+        assert answer.scores == pytest.approx([p / sum(products) for p in products])
+    off = Shunt(small, large, Confidence(), 0.95, prior=0.0).score(REQUESTS)
+    assert [answer.scores for answer in off] == [LARGE[request.id] for request in REQUESTS]

@@ -12,7 +12,17 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from llava_collab.collab.distill import Distiller, Positions, Targets, TeacherTokens, Tokens, TokenStudent, WeakToStrong, harden, two_stage_confidence
+from llava_collab.collab.distill import (
+    Distiller,
+    Positions,
+    Targets,
+    TeacherTokens,
+    Tokens,
+    TokenStudent,
+    WeakToStrong,
+    harden,
+    two_stage_confidence,
+)
 from llava_collab.collab.linear_text import Linear, fit_linear_text, load_linear_text, right_indices
 from llava_collab.data.collate import Collator
 from llava_collab.models.tiny import tiny_decoder
@@ -201,7 +211,17 @@ def test_a_student_learns_its_teachers_distributions() -> None:
     assert divergence() < 0.2 * before
 
 
-TEXTS = ["the cat sat", "a cat purrs", "my cat sleeps", "the dog barks", "a dog runs", "my dog digs", "the bird sings", "a bird flies", "my bird nests"]
+TEXTS = [
+    "the cat sat",
+    "a cat purrs",
+    "my cat sleeps",
+    "the dog barks",
+    "a dog runs",
+    "my dog digs",
+    "the bird sings",
+    "a bird flies",
+    "my bird nests",
+]
 LABELS = ["cat"] * 3 + ["dog"] * 3 + ["bird"] * 3
 
 

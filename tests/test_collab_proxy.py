@@ -31,7 +31,9 @@ def text_model(seed: int, name: str) -> Single:
 
 
 def vision_model(seed: int, name: str) -> Single:
-    network, processor = build(ModelSpec(visual_expert={"bottleneck": 4, "code_width": 4}, language_expert={"bottleneck": 4, "code_width": 4}), seed)
+    network, processor = build(
+        ModelSpec(visual_expert={"bottleneck": 4, "code_width": 4}, language_expert={"bottleneck": 4, "code_width": 4}), seed
+    )
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():

@@ -128,7 +128,7 @@ def test_curves_end_at_the_two_models_and_measure_areas() -> None:
     found = curve(CONFIDENCE, SMALL, BIG)
     assert found.shares.tolist() == [0.0, 0.4, 0.6, 0.8, 1.0] and found.thresholds.tolist() == [0.0, 0.6, 0.8, 0.9, ALL_LARGE]
     assert found.qualities == pytest.approx([0.4, 0.6, 0.8, 0.8, 0.8])
-    assert found.apgr() == pytest.approx((0.4 * 0.25 + 0.2 * 0.75 + 0.4 * 1.0))
+    assert found.apgr() == pytest.approx(0.4 * 0.25 + 0.2 * 0.75 + 0.4 * 1.0)
     assert (found.cpt(0.5), found.cpt(0.8), found.cpt(1.0)) == (0.4, 0.6, 0.6)
     assert curve(CONFIDENCE, BIG, SMALL).apgr() is None
     rng = np.random.default_rng(0)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from llava_collab.files import model_sha256
 from llava_collab.data.samples import Sample
 from llava_collab.evaluation.controls import blind, permute_images
 from llava_collab.evaluation.evaluator import choose, evaluate
 from llava_collab.evaluation.identity import data_sha256, images_sha256
 from llava_collab.evaluation.metrics import Scorer
 from llava_collab.evaluation.records import RECORDS, RecordError, Row, open_run, read_rows
+from llava_collab.files import model_sha256
 from llava_collab.types import Answer, Model, Request, Turn, Usage
 
 SCORER = Scorer({"Visual QA": "vqa", "Spatial Inference": "accuracy"})

@@ -12,7 +12,7 @@ from toy import BOTH
 from llava_collab.cli import main
 from llava_collab.data.conversation import SampleError
 from llava_collab.export import export_experts
-from llava_collab.files import sha256, model_sha256
+from llava_collab.files import model_sha256, sha256
 from llava_collab.models.build import ModelSpec, build, extract_features, load
 from llava_collab.models.hypernetwork import HyperNetwork
 from llava_collab.types import Request, Turn

@@ -19,6 +19,7 @@ from ..types import Answer, Model, Request, Usage
 from .asking import Verb, ask
 from .gates import Gate
 from .hints import Hint
+from .single import chosen
 
 
 @runtime_checkable
@@ -77,6 +78,8 @@ class Shunt(_Pair):
     found (Data Shunt, AAAI 2024; DS+, arXiv 2406.15471). A request costs small, or small + large."""
 
     hint: Hint | None = None
+    prior: float = 0.0
+    """Soft pruning for a large model that scores choices and reads no hints: p(choice) ~ large(choice) x small(choice)^prior. 0: off."""
 
     def _run(self, requests: Sequence[Request], verb: Verb) -> list[Answer]:
         drafts = ask(self.small, requests, verb)
@@ -91,6 +94,8 @@ class Shunt(_Pair):
         answers = {k: _aligned(requests[k], to, answer) for k, to, answer in zip(hard, asked, ask(self.large, asked, verb), strict=True)}
         for k, answer in answers.items():
             parts[k].append(answer)
+        if self.prior:
+            answers = {k: _with_prior(requests[k], answer, drafts[k], self.prior) for k, answer in answers.items()}
         return [
             _made(answers.get(k, drafts[k]), parts[k], confidences[k], drafts[k] if self.degrade else None) for k in range(len(requests))
         ]
@@ -102,8 +107,10 @@ class Route(_Pair):
 
     def __post_init__(self) -> None:
         if self.gate.reads != "request":
-            raise ValueError(f"{self.name or 'route'}: the gate {self.gate.name!r} reads a draft, and a route has none; use a shunt, or a gate "
-                             "that reads the request (random, oracle, a learned router)")  # fmt: skip
+            raise ValueError(
+                f"{self.name or 'route'}: the gate {self.gate.name!r} reads a draft, and a route has none; use a shunt, or a gate that "
+                "reads the request (random, oracle, a learned router)"
+            )
 
     def _run(self, requests: Sequence[Request], verb: Verb) -> list[Answer]:
         confidences, gates = self.gated(requests, [])
@@ -163,6 +170,14 @@ def _aligned(request: Request, asked: Request, answer: Answer) -> Answer:
         return answer
     given = dict(zip(asked.choices, answer.scores, strict=True))
     return replace(answer, scores=tuple(given.get(choice, 0.0) for choice in request.choices))
+
+
+def _with_prior(request: Request, answer: Answer, draft: Answer, weight: float) -> Answer:
+    if answer.scores is None or draft.scores is None:
+        return answer
+    products = [large * small**weight for large, small in zip(answer.scores, draft.scores, strict=True)]
+    total = sum(products)
+    return chosen(request, [p / total for p in products], answer.usage, answer.model) if total > 0 else answer
 
 
 def _made(answer: Answer, parts: Sequence[Answer], confidence: float | None, spare: Answer | None) -> Answer:

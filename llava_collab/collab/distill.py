@@ -65,16 +65,14 @@ class Targets:
         return self.targets[at.rows_S], torch.ones(len(at.rows_S)) if self.weights_M is None else self.weights_M[at.rows_S]
 
 
-def two_stage_confidence(
-    small_MC: Tensor, large_MC: Tensor, *, small_sure: float, large_sure: float, rehearsal: float = 1.0
-) -> Targets:
+def two_stage_confidence(small_MC: Tensor, large_MC: Tensor, *, small_sure: float, large_sure: float, rehearsal: float = 1.0) -> Targets:
     """DS+'s two-stage confidence distillation (2CD). With Cs the frozen small model's and Cl the large one's distributions:
 
         T = { x : max Cs < small_sure  and  max Cl >= large_sure }    taught by the large model
         K = { x : max Cs >= small_sure }                              rehearsed from the small one, times `rehearsal` (lambda)
 
-    Hard targets, as in the released code; all else weighs 0. Each sum is a mean over its own rows (the paper's expectations), so lambda does
-    not depend on how many they are. Raises ValueError where T is empty: nothing could be learnt.
+    Hard targets, as in the released code; all else weighs 0. Each sum is a mean over its own rows (the paper's expectations), so lambda
+    does not depend on how many they are. Raises ValueError where T is empty: nothing could be learnt.
     """
     unsure_M = small_MC.max(1).values < small_sure
     taught_M = unsure_M & (large_MC.max(1).values >= large_sure)
@@ -91,8 +89,8 @@ def two_stage_confidence(
 class WeakToStrong:
     """(1 - a) weak + a harden(student), with `a` rising linearly from 0 to `alpha` over the first `warmup` of training, without a jump.
 
-    The student's hardened opinion keeps the classes in the proportions of the weak labels: for two classes, the threshold is the quantile of
-    the batch's logit differences (the paper's: half the batch positive, for balanced classes); for more, each class's logits are shifted
+    The student's hardened opinion keeps the classes in the proportions of the weak labels: for two classes, the threshold is the quantile
+    of the batch's logit differences (the paper's: half the batch positive, for balanced classes); for more, each class's logits are shifted
     until the student's mean probabilities on the batch are the weak labels' shares (ours; the paper has two classes only).
     `alpha` = 0 is naive training on the weak labels, exactly.
     """
@@ -265,18 +263,14 @@ class Distiller:
             return (step + 1) / rising
         return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, self.steps - rising)))
 
-    def _save(
-        self, folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, losses: list[float]
-    ) -> None:
+    def _save(self, folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
         """One file, so that a kill leaves the old one or the new one."""
         tensors = {f"parameter.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
         for name, p in parameters.items():
             tensors |= {f"{key}.{name}": torch.as_tensor(value).detach().cpu().contiguous() for key, value in optimizer.state[p].items()}
         write_bytes(folder / STATE, save(tensors, {"distiller": json.dumps(asdict(self)), "losses": json.dumps(losses)}))
 
-    def _resume(
-        self, folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> list[float]:
+    def _resume(self, folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> list[float]:
         path = folder / STATE
         if not path.is_file():
             return []
@@ -287,10 +281,14 @@ class Distiller:
         tensors = load_file(path)
         stored = {key.removeprefix("parameter.") for key in tensors if key.startswith("parameter.")}
         if stored != parameters.keys():
-            raise ValueError(f"{path} is of another student: {sorted(stored ^ parameters.keys())[0]!r} differs; delete it, or name another folder")
+            raise ValueError(
+                f"{path} is of another student: {sorted(stored ^ parameters.keys())[0]!r} differs; delete it, or name another folder"
+            )
         for name, p in parameters.items():
             p.data.copy_(tensors[f"parameter.{name}"])
-            optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {
+                key: tensors[f"{key}.{name}"].to(p.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")
+            }
         return list(json.loads(about["losses"]))
 
 

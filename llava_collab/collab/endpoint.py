@@ -60,7 +60,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class Client:
-    """One model at one endpoint (`https://host/v1`; `/chat/completions` is added). Raises EndpointError for an endpoint that can't be used."""
+    """One model at one endpoint (`https://host/v1`; `/chat/completions` is added). Raises EndpointError for one that can't be used."""
 
     endpoint: str
     model: str
@@ -96,7 +96,10 @@ class Client:
         return os.environ.get(self.key, "").strip()
 
     def ask(self, content: str | list[dict[str, Any]], earlier: Sequence[dict[str, Any]] = ()) -> Reply:
-        """One question (text, or text and image parts) after `earlier` messages, with retries. Raises EndpointError where every other question would fail too."""
+        """One question (text, or text and image parts) after `earlier` messages, with retries.
+
+        Raises EndpointError where every other question would fail too.
+        """
         body = {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens}
         data = json.dumps(body | {"messages": [*earlier, {"role": "user", "content": content}]}).encode()
         lost, reason = 0, ""

@@ -34,10 +34,10 @@ class Gate(Protocol):
 
 @dataclass(frozen=True)
 class Confidence:
-    """How sure the small model is, from its own scores, in [0, 1]: the largest probability, its lead over the second, or 1 - entropy / log N.
+    """How sure the small model is, by its own scores, in [0, 1]: the largest probability, its lead over the second, 1 - entropy / log N.
 
-    `temperature` calibrates scores first (softmax(log p / T), see `fit_temperature`). Drafts of free text have no scores; their `likelihood`
-    (geometric mean probability of their tokens) is the "max" of them, and they have no margin and no entropy.
+    `temperature` calibrates scores first (softmax(log p / T), see `fit_temperature`). Drafts of free text have no scores; their
+    `likelihood` (geometric mean probability of their tokens) is the "max" of them, and they have no margin and no entropy.
     """
 
     kind: Literal["max", "margin", "entropy"] = "max"
@@ -57,8 +57,8 @@ class Confidence:
             return draft.likelihood
         if draft.scores is None:
             raise ValueError(
-                f"the gate {self.name!r} reads probabilities, and {draft.model} gave none; give the requests choices and a model that scores "
-                "them, or use a gate that reads the request"
+                f"the gate {self.name!r} reads probabilities, and {draft.model} gave none; give the requests choices and a model that "
+                "scores them, or use a gate that reads the request"
             )
         p_N = temper(np.array([draft.scores]), self.temperature)[0]
         if self.kind == "entropy":
@@ -83,7 +83,7 @@ class Random:
 
 @dataclass(frozen=True)
 class Oracle:
-    """Knows how much better the small model's answer will be than the large one's: the upper bound of all gates. `gains` is by request id."""
+    """Knows how much better the small model's answer will be than the large one's: the bound of all gates. `gains` is by request id."""
 
     gains: Mapping[str, float]
     reads: Literal["request"] = "request"

@@ -129,7 +129,7 @@ def fit_linear_text(
 ) -> LinearText:
     """Fit one of KINDS over the `words` most frequent words (None: all; of logistic regression those of two texts or more).
 
-    `smoothing` is alpha of naive Bayes, `strength` C of the logistic regression. Raises ValueError for another kind or fewer than two labels.
+    `smoothing` is alpha of naive Bayes, `strength` C of the logistic regression. Raises ValueError for another kind or a single label.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.naive_bayes import MultinomialNB

@@ -121,7 +121,9 @@ def load_recipe(path: Path, tools: Sequence[str] = ()) -> Recipe:
             raise CollabError(f"{where}: has to be one of {', '.join(_SYSTEMS)}, with its settings")
         kind, settings = next(iter(spec.items()))
         settings = _keyed(settings, where, _SYSTEMS[kind])
-        parts = settings.get("models") or [settings.get(key) for key in ("small", "large", "base", "expert", "anti") if key in _SYSTEMS[kind]]
+        parts = settings.get("models") or [
+            settings.get(key) for key in ("small", "large", "base", "expert", "anti") if key in _SYSTEMS[kind]
+        ]
         _known(where, parts, names)
     pair = _keyed(raw["pair"], f"{path}, pair", {"small", "large"}) if raw.get("pair") else None
     if pair:
@@ -141,7 +143,7 @@ def _known(where: str, wanted: Sequence[Any], names: Any) -> None:
 class Builder:
     """Makes the models and systems of a recipe, each once.
 
-    `folder` keeps the leaves' answers and what was found on validation data; None keeps nothing (and needs fixed thresholds). `tools` are
+    `folder` keeps the leaves' answers (unless not `keep_answers`) and what was found on validation data; None keeps nothing. `tools` are
     further kinds of leaves: kind -> (name, settings) -> model.
     """
 
@@ -151,12 +153,14 @@ class Builder:
         *,
         task: Task | None = None,
         folder: Path | None = None,
+        keep_answers: bool = True,
         tools: Mapping[str, Callable[[str, Mapping[str, Any]], Model]] | None = None,
         device: str | torch.device = "cpu",
         batch_size: int = 16,
     ) -> None:
         self.recipe, self.task, self.folder, self.tools = recipe, task, folder, tools or {}
         self.device, self.batch_size = device, batch_size
+        self.keep_answers = keep_answers
         self.thresholds: dict[str, Threshold] = {}
         self._made: dict[str, Model] = {}
         self._bare: dict[str, Model] = {}
@@ -175,7 +179,9 @@ class Builder:
                 elif name in self.recipe.models:
                     self._made[name] = self._recorded(name, self._leaf(name))
                 else:
-                    raise CollabError(f"{self.recipe.name}: no model {name!r}; there are {', '.join([*self.recipe.models, *self.recipe.systems])}")
+                    raise CollabError(
+                        f"{self.recipe.name}: no model {name!r}; there are {', '.join([*self.recipe.models, *self.recipe.systems])}"
+                    )
             finally:
                 self._making.pop()
         return self._made[name]
@@ -198,7 +204,7 @@ class Builder:
 
     def _recorded(self, name: str, model: Model) -> Model:
         self._bare[name] = self._made[name] = model
-        if self.folder is None:
+        if self.folder is None or not self.keep_answers:
             return model
         return Recorded(model, self.folder / "answers" / f"{file_name(name)}.jsonl", self.identity(name), self.batch_size)
 
@@ -211,7 +217,9 @@ class Builder:
             dtype = None if spec.get("dtype") is None else getattr(torch, spec["dtype"])
             return open_single(spec["path"], name, device=self.device, dtype=dtype)
         if kind == "remote":
-            client = Client(spec["endpoint"], spec["model"], timeout=spec.get("timeout", 60.0), attempts=spec.get("attempts", 3), key=REMOTE_KEY)
+            client = Client(
+                spec["endpoint"], spec["model"], timeout=spec.get("timeout", 60.0), attempts=spec.get("attempts", 3), key=REMOTE_KEY
+            )
             return Remote(client, name, spec.get("price_in", 0.0), spec.get("price_out", 0.0), spec.get("parallel", 8))
         task = self._needs_task(name, "is fitted to labelled texts")
         if kind == "two-stage":
@@ -243,7 +251,8 @@ class Builder:
         if not isinstance(student, LinearText):
             raise CollabError(f"{name}: the student of two-stage distillation has to be a linear text model, not {spec['student']!r}")
         small_MC, large_MC = (
-            torch.tensor([answer.scores for answer in ask(model, task.unlabelled, "score")], dtype=torch.float32) for model in (student, teacher)
+            torch.tensor([answer.scores for answer in ask(model, task.unlabelled, "score")], dtype=torch.float32)
+            for model in (student, teacher)
         )
         order = [task.unlabelled[0].choices.index(label) for label in student.labels]
         limits = {"small_sure": spec.get("small_sure", 0.9), "large_sure": spec.get("large_sure", 0.9)}
@@ -254,7 +263,7 @@ class Builder:
         return module.back(name)
 
     def _distilled(self, name: str, task: Task, spec: Mapping[str, Any]) -> LinearText:
-        """A linear student over all words, from the teacher's distributions on the unlabelled requests; without a teacher from their labels.
+        """A linear student over all words, of the teacher's distributions on the unlabelled requests; without a teacher of their labels.
 
         With `alpha` by weak-to-strong's confidence loss, else by plain distillation.
         """
@@ -288,11 +297,15 @@ class Builder:
         if kind == "route":
             return self._tuned(Route(small, large, gate, ALL_LARGE, **rest), settings)
         bare = Shunt(small, large, gate, ALL_LARGE, **rest)
-        return self._tuned(replace(bare, hint=self._hint(bare, settings)), settings)
+        return self._tuned(self._hinting(bare, settings), settings)
 
     def _gate(self, name: str, settings: Mapping[str, Any]) -> Gate:
         spec = settings.get("gate", "max")
-        spec = {"kind": spec} if isinstance(spec, str) else _keyed(spec, f"{name}, gate", {"kind", "calibrate", "seed", "features", "path", "epochs"})
+        spec = (
+            {"kind": spec}
+            if isinstance(spec, str)
+            else _keyed(spec, f"{name}, gate", {"kind", "calibrate", "seed", "features", "path", "epochs"})
+        )
         kind = spec.get("kind")
         if kind in ("max", "margin", "entropy"):
             return Confidence(kind, self._temperature(name, settings["small"]) if spec.get("calibrate") else 1.0)
@@ -318,7 +331,9 @@ class Builder:
             if path is not None:
                 router.save(path)
             return router
-        raise CollabError(f"{name}: no gate {kind!r}; there are max, margin, entropy, random, oracle, deterministic, probabilistic, transformed")
+        raise CollabError(
+            f"{name}: no gate {kind!r}; there are max, margin, entropy, random, oracle, deterministic, probabilistic, transformed"
+        )
 
     def _features(self, name: str, kind: str | list[str]) -> Features:
         if isinstance(kind, list):
@@ -326,7 +341,9 @@ class Builder:
         if kind in ("text", "draft"):
             return HashedText() if kind == "text" else Draft()
         if kind not in self.recipe.models:
-            raise CollabError(f"{name}: features are `text`, `draft`, the name of a network whose state over the prompt is read, or a list of these, not {kind!r}")
+            raise CollabError(
+                f"{name}: features are `text`, `draft`, a network whose state over the prompt is read, or a list of these, not {kind!r}"
+            )
         self.model(kind)
         network = self._bare[kind]
         if not isinstance(network, Single):
@@ -341,18 +358,38 @@ class Builder:
             raise CollabError(f"{name}: a temperature needs scores and right choices, and {small!r} or the task gives none")
         return fit_temperature(np.array([a.scores for _, a in fine]), np.array([r.choices.index(task.right[r.id]) for r, _ in fine]))
 
-    def _hint(self, bare: Shunt, settings: Mapping[str, Any]) -> Hint | None:
-        name, spec = bare.name, settings.get("hint")
+    def _hinting(self, bare: Shunt, settings: Mapping[str, Any]) -> Shunt:
+        spec = settings.get("hint")
         if spec in (None, "none"):
-            return None
-        spec = {"kind": spec} if isinstance(spec, str) else _keyed(spec, f"{name}, hint", {"kind", "top", "sure", "share", "model", "question", "template"})
+            return bare
+        if spec == "prior" or (isinstance(spec, Mapping) and spec.get("kind") == "prior"):
+            weight = spec.get("weight") if isinstance(spec, Mapping) else None
+            return replace(bare, prior=self._prior(bare) if weight is None else float(weight))
+        return replace(bare, hint=self._hint(bare, settings, spec))
+
+    def _prior(self, bare: Shunt) -> float:
+        """The weight of the small model's distribution at which the large model is best on the third of the tuning requests that the gate
+        is least sure of; of equals the smallest."""
+        task, found = self._needs_task(bare.name, "has a prior whose weight is fitted"), []
+        for weight in (0.0, 0.1, 0.2, 0.3, 0.5):
+            confidence_M, _, large_M = both_ways(replace(bare, prior=weight), task, task.tuning)
+            found.append((-float(large_M[np.argsort(confidence_M, kind="stable")[: len(large_M) // 3]].mean()), weight))
+        return min(found)[1]
+
+    def _hint(self, bare: Shunt, settings: Mapping[str, Any], spec: Any) -> Hint:
+        name = bare.name
+        spec = (
+            {"kind": spec}
+            if isinstance(spec, str)
+            else _keyed(spec, f"{name}, hint", {"kind", "top", "sure", "share", "model", "question", "template"})
+        )
         if spec.get("kind") == "soft":
             return Soft(int(spec.get("top", 3)))
         if spec.get("kind") == "transfer":
             own = {key: spec[key] for key in ("question", "template") if key in spec}
             return Transfer(self.model(spec["model"]), **own)
         if spec.get("kind") != "hard":
-            raise CollabError(f"{name}: no hint {spec.get('kind')!r}; there are none, soft, hard and transfer")
+            raise CollabError(f"{name}: no hint {spec.get('kind')!r}; there are none, soft, hard, prior and transfer")
         task = self._needs_task(name, "prunes choices that its small model is good at")
         answers = ask(self.model(settings["small"]), task.tuning, "score")
         choices = task.tuning[0].choices
@@ -370,9 +407,9 @@ class Builder:
         spec = settings.get("threshold", {"drop": 0.01})
         if isinstance(spec, int | float):
             return replace(pair, threshold=float(spec))
-        hint = getattr(pair, "hint", None)
+        hint, prior = getattr(pair, "hint", None), getattr(pair, "prior", 0.0)
         of = {"gate": pair.gate.name, "small": self.identity(settings["small"]), "large": self.identity(settings["large"]),
-              "hint": hint.name if hint else "none"}  # fmt: skip
+              "hint": hint.name if hint else f"prior {prior:g}" if prior else "none"}  # fmt: skip
         path = Path(spec) if isinstance(spec, str) else self.folder / "thresholds" / f"{file_name(pair.name)}.json" if self.folder else None
         if path is not None and (isinstance(spec, str) or self.task is None):
             threshold = load_threshold(path, of)
@@ -396,7 +433,9 @@ class Builder:
 
     def _needs_task(self, name: str, why: str) -> Task:
         if self.task is None:
-            raise CollabError(f"{self.recipe.name}: {name!r} {why}, so it needs the recipe's data: run eval/system.py first, or fix it in the recipe")
+            raise CollabError(
+                f"{self.recipe.name}: {name!r} {why}, so it needs the recipe's data: run eval/system.py first, or fix it in the recipe"
+            )
         return self.task
 
 
@@ -413,7 +452,7 @@ def confidences(pair: Shunt | Route, task: Task, requests: Sequence[Request]) ->
 
 
 def both_ways(pair: Shunt | Route, task: Task, requests: Sequence[Request]) -> tuple[Floats, Floats, Floats]:
-    """Confidence, quality of the small and quality of the large answer (with its hint) to every request, [M] each: what a curve is made of."""
+    """Confidence, quality of the small and of the large answer (with its hint) to every request, [M] each: what a curve is made of."""
     large = ask(replace(pair, threshold=float("inf")), requests, task.verb)
     small = [answer.parts[0] for answer in large] if isinstance(pair, Shunt) else ask(pair.small, requests, task.verb)
     confidence = [float("-inf") if answer.confidence is None else answer.confidence for answer in large]

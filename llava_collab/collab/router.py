@@ -101,8 +101,8 @@ class HashedText:
 
 @dataclass(frozen=True)
 class Draft:
-    """The small model's answer: its three confidences (`gates.Confidence`; of free text its likelihood, thrice) and the answer's text, hashed
-    into a one-hot, so that a router can learn which answers of the small model are to be trusted (FrugalGPT's scorer reads the answer too)."""
+    """The small model's answer: its three confidences (`gates.Confidence`; of free text its likelihood, thrice) and the answer's text,
+    hashed into a one-hot, so that a router can learn which answers are to be trusted (FrugalGPT's scorer reads the answer too)."""
 
     size: int = 259
     name: str = "draft"
@@ -153,13 +153,17 @@ class PooledState:
         pooled_MF = (caught[0] * mask_BT1).sum(1) / mask_BT1.sum(1)
         flops = 2.0 * self.model.parameters
         tokens = batch["attention_mask"].sum(1).tolist()
-        return F.normalize(pooled_MF.float().cpu(), dim=1), [Usage(1, len(r.images), n, 0, flops * n) for r, n in zip(requests, tokens, strict=True)]
+        return F.normalize(pooled_MF.float().cpu(), dim=1), [
+            Usage(1, len(r.images), n, 0, flops * n) for r, n in zip(requests, tokens, strict=True)
+        ]
 
 
 class Router:
     """A learned gate: sigmoid(w . features + b). `about` is what it was learnt from, for the reader."""
 
-    def __init__(self, features: Features, weight_F: Tensor, bias: float, name: str = "router", about: dict[str, object] | None = None) -> None:
+    def __init__(
+        self, features: Features, weight_F: Tensor, bias: float, name: str = "router", about: dict[str, object] | None = None
+    ) -> None:
         self.features, self.weight_F, self.bias, self.name, self.about = features, weight_F, bias, name, about or {}
         self.reads: Literal["draft", "request"] = features.reads
 
@@ -185,7 +189,9 @@ def load_router(path: Path, features: Features) -> Router:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: not a stored router ({error}); train one with train/router.py") from error
     if about.get("features") != features.name or weight_F.shape != (features.size,):
-        raise ValueError(f"{path} was learnt on {about.get('features')!r} ({weight_F.shape[0]}), not on {features.name!r} ({features.size})")
+        raise ValueError(
+            f"{path} was learnt on {about.get('features')!r} ({weight_F.shape[0]}), not on {features.name!r} ({features.size})"
+        )
     return Router(features, weight_F, bias, about["name"], json.loads(about["about"]))
 
 
@@ -200,7 +206,7 @@ def fit_router(
     epochs: int = 40,
     seed: int = 0,
 ) -> Router:
-    """Learn a router by the `Distiller`: two classes, "large" and "small will do", with targets of `form`. `drafts` where features read them.
+    """Learn a router by the `Distiller`: classes "large" and "small will do", with targets of `form`. `drafts` where features read them.
 
     Thresholds have to be chosen on other requests than these: a router is surer of those that it has seen.
     """
@@ -225,4 +231,3 @@ class _TwoClasses(torch.nn.Module):
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         return self.layer(torch.stack(list(inputs)))
-

@@ -1,4 +1,4 @@
-"""Thresholds: chosen on validation data for a cost or a quality budget, stored with what they were chosen for, and refused for anything else.
+"""Thresholds: chosen on validation data for a cost or a quality budget, stored with what they were chosen for, refused for anything else.
 
 Shapes: M validation items.
 """
@@ -20,7 +20,7 @@ ALL_LARGE = 2.0
 
 @dataclass(frozen=True)
 class Threshold:
-    """The small model answers where the gate's confidence reaches `value`. `rule` is how it was chosen; `of` names gate, models and data."""
+    """The small model answers where the gate's confidence reaches `value`. `rule` is how it was chosen; `of`: gate, models, hint."""
 
     value: float
     rule: str
@@ -79,8 +79,8 @@ def choose_threshold(
 
 
 def threshold_for_traffic(confidence_M: Floats, share: float) -> float:
-    """The threshold below which at most this share of the traffic lies. Needs no answer and no label, only the gate's confidences of requests
-    as they come (RouteLLM calibrates so), so the budget holds where the traffic is not what the validation data are."""
+    """The threshold below which at most this share of the traffic lies. Needs no label and no answer of the large model, only the gate's
+    confidences of requests as they come (RouteLLM calibrates so): the budget holds where the traffic is not like the validation data."""
     values, shares, _ = sweep(confidence_M, np.zeros_like(confidence_M), np.zeros_like(confidence_M))
     return float(values[np.flatnonzero(shares <= share + 1e-12)[-1]])
 

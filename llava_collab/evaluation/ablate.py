@@ -23,9 +23,9 @@ from llava_collab.evaluation import report
 from llava_collab.evaluation.codes import Codes, Recoded, mean_codes, read_codes, replaced, shuffled, variances
 from llava_collab.evaluation.environment import environment
 from llava_collab.evaluation.evaluator import evaluate
-from llava_collab.evaluation.records import LOSSES, RecordError, model_sha256
+from llava_collab.evaluation.records import LOSSES, RecordError
 from llava_collab.evaluation.statistics import MACRO, Interval, bootstrap
-from llava_collab.files import read_json, write_json, write_text
+from llava_collab.files import model_sha256, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from llava_collab.data.samples import Sample

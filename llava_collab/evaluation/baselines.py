@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
     from llava_collab.data.samples import Sample
 
 Guess = Callable[["Sample"], str]
+
+
+class Read(str):
+    """An answer that was read off or computed, not guessed: a gate may trust it (`Answer.likelihood` is 1, of a guess 0)."""
+
+
 TRIED, CONSTANTS = 200, 20
 
 
@@ -44,11 +51,13 @@ class Baseline:
     def _one(self, request: Request) -> Answer:
         if request.id not in self.asked:
             return Answer("", model=self.name, error=f"{self.name}: {request.id!r} is not among the questions it was told of")
+        start = time.perf_counter()
         try:
             text = self.answer(self.asked[request.id])
         except ValueError as error:
             return Answer("", model=self.name, error=f"{self.name}: {error}")
-        return Answer(text, Usage(calls=1, images=len(request.images)), self.name)
+        usage = Usage(1, len(request.images), seconds=time.perf_counter() - start)
+        return Answer(str(text), usage, self.name, likelihood=float(isinstance(text, Read)))
 
 
 def majority(train: Iterable[Sample], asked: Iterable[Sample], scorer: Scorer, name: str = "majority") -> Baseline:
@@ -85,7 +94,7 @@ def oracle(train: Sequence[Sample], asked: Iterable[Sample], scorer: Scorer, nam
     def answer(sample: Sample) -> str:
         if "truth" not in sample.meta:
             raise ValueError(f"{sample.id} carries no truth: the oracle answers CMT-open, second edition, only")
-        return solve(sample.family, sample.meta["slots"], sample.meta["truth"])
+        return Read(solve(sample.family, sample.meta["slots"], sample.meta["truth"]))
 
     return Baseline(name, _by_id(asked), answer)
 
@@ -100,7 +109,7 @@ def ocr_rules(train: Sequence[Sample], asked: Iterable[Sample], scorer: Scorer, 
         if not reads(sample.family) or not sample.images:
             return guess(sample)
         try:
-            return solve(sample.family, sample.meta["slots"], [reader.truth(sample.family, read_lines(sample.images[0]))])
+            return Read(solve(sample.family, sample.meta["slots"], [reader.truth(sample.family, read_lines(sample.images[0]))]))
         except ValueError:
             return guess(sample)
 

@@ -194,7 +194,8 @@ def judge(
     Questions that ended in an error are asked again by the next run; their rows stay, since they may have cost something, and the last row
     of a question counts. With a cost limit a question is asked only if its worst case, all attempts included, still fits.
 
-    Raises RecordError for a folder of other judgements or one that another process writes to, JudgeError where it makes no sense to go on, EndpointError where the judge can't be asked
+    Raises RecordError for a folder of other judgements or one that another process writes to, JudgeError where it makes
+    no sense to go on, EndpointError where the judge can't be asked
     at all.
     """
     with writing(folder):

@@ -124,7 +124,10 @@ class System:
         """The curve over all thresholds, all seeds' requests together."""
         if not self.curves:
             return None
-        columns = {key: np.array([np.nan_to_num(np.array(stored[key], dtype=float), nan=-1.0) for stored in self.curves]) for key in ("confidence", "small", "large")}
+        columns = {
+            key: np.array([np.nan_to_num(np.array(stored[key], dtype=float), nan=-1.0) for stored in self.curves])
+            for key in ("confidence", "small", "large")
+        }
         return curves.curve(columns["confidence"].ravel(), 100 * columns["small"].ravel(), 100 * columns["large"].ravel())
 
     def gate(self) -> tuple[float | None, float]:
@@ -178,8 +181,9 @@ def system_table(systems: Sequence[System], pair: tuple[str, str] | None) -> Tab
 
 
 _COLUMNS: Mapping[str, str] = {
-    "quality": "{:.2f}", "minus large": "{:+.2f}", "large calls": "{:.1%}", "GFLOPs": "{:.3g}", "price": "{:.3g}", "ms p50": "{:.3g}", "ms p95": "{:.3g}",
-    "PGR": "{:.2f}", "APGR": "{:.3f}", "CPT 50": "{:.1%}", "CPT 80": "{:.1%}", "AUROC": "{:.3f}", "ECE": "{:.3f}",
+    "quality": "{:.2f}", "minus large": "{:+.2f}", "large calls": "{:.1%}", "GFLOPs": "{:.3g}", "price": "{:.3g}",
+    "ms p50": "{:.3g}", "ms p95": "{:.3g}", "PGR": "{:.2f}", "APGR": "{:.3f}", "CPT 50": "{:.1%}", "CPT 80": "{:.1%}",
+    "AUROC": "{:.3f}", "ECE": "{:.3f}",
 }  # fmt: skip
 
 
@@ -202,7 +206,9 @@ def asked_table(systems: Sequence[System]) -> Table:
     asked = {system.name: system.asked() for system in systems}
     lines = [[name, ", ".join(f"{model} {share:.1%}" for model, share in shares.items())] for name, shares in asked.items()]
     plain = [
-        {"model": name, "category": MACRO, "figure": f"asked {model}", "value": share} for name, shares in asked.items() for model, share in shares.items()
+        {"model": name, "category": MACRO, "figure": f"asked {model}", "value": share}
+        for name, shares in asked.items()
+        for model, share in shares.items()
     ]
     return Table("Who was asked (share of the requests)", ["System", "asked"], lines, plain)
 
@@ -262,4 +268,3 @@ def plot_systems(systems: Sequence[System], path: Path, *, title: str = "") -> N
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-

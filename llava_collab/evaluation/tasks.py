@@ -39,11 +39,13 @@ def read_task(data: Mapping[str, Any], seed: int = 0, data_root: Path | None = N
     """The task that a recipe's `data` names, and what it was made of where that is a suite:
 
         {texts: r52, shares: {unlabelled: 0.4}}    a set of `data.texts`, all of its labels as choices; `shares` in place of SHARES
-        {suite: eval/suites/cmt-open.yaml, tuning: val, validation: decision, test: test, items_per_category: 100}
+        {suite: eval/suites/cmt-open.yaml, validation: decision, test: test, items_per_category: 100}
 
-    Raises CollabError, and what the readers of the data raise.
+    A suite's `tuning` is a split of its own, or (left out) half of the validation split. Raises CollabError, and what readers raise.
     """
-    data = keyed(data, "data", {"texts", "shares", "suite", "tuning", "validation", "test", "items_per_category", "categories"}, CollabError)
+    data = keyed(
+        data, "data", {"texts", "shares", "suite", "tuning", "validation", "test", "items_per_category", "categories"}, CollabError
+    )
     if "texts" in data:
         return text_task(data["texts"], seed, keyed(data.get("shares") or SHARES, "data, shares", set(SHARES), CollabError)), None
     if "suite" in data:
@@ -78,7 +80,14 @@ def text_task(name: str, seed: int = 0, shares: Mapping[str, float] = SHARES) ->
 def suite_task(data: Mapping[str, Any], seed: int, data_root: Path | None) -> tuple[Task, Suited]:
     """Answer the questions of a suite in free text, scored by its metrics."""
     suite = load_suite(Path(data["suite"]))
-    splits = {name: suite.read(str(data.get(name, name)), data_root) for name in ("tuning", "validation", "test")}
+    splits = {name: suite.read(str(data.get(name, name)), data_root) for name in ("validation", "test")}
+    if "tuning" in data:
+        splits["tuning"] = suite.read(str(data["tuning"]), data_root)
+    else:  # halves of one split, by a hash of the ids
+        parts: dict[bool, list[Sample]] = {True: [], False: []}
+        for sample in splits["validation"]:
+            parts[unit_interval(f"tuning|{sample.id}") < 0.5].append(sample)
+        splits |= {"tuning": parts[True], "validation": parts[False]}
     train = suite.read("train", data_root)
     scorer = suite.scorer(train, [sample for samples in splits.values() for sample in samples])
     asked, by_id = {}, {}

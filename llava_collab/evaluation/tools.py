@@ -19,4 +19,6 @@ def make_tool(kind: str, suited: Suited | None, name: str, settings: Mapping[str
     keyed(settings, name, set())
     if suited is None:
         raise ValueError(f"{name}: {kind} answers questions of a suite, and this recipe's data are texts")
-    return BASELINES[kind](suited.of("train"), [sample for split in ("tuning", "validation", "test") for sample in suited.of(split)], suited.scorer, name)
+    return BASELINES[kind](
+        suited.of("train"), [sample for split in ("tuning", "validation", "test") for sample in suited.of(split)], suited.scorer, name
+    )
