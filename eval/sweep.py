@@ -27,6 +27,7 @@ from llava_collab.evaluation.records import RUN, RecordError, read_run
 from llava_collab.evaluation.statistics import MACRO
 from llava_collab.files import locked, write_text
 from llava_collab.models.blueprint import BlueprintError
+from llava_collab.training.estimate import count, student
 from llava_collab.training.recipe import RecipeError
 from llava_collab.training.recipe_file import load_recipe, refuse_other_recipe
 from llava_collab.training.tables import PaperTable, TableRow, load_tables, trainings
@@ -243,8 +244,8 @@ def tables_of(sweep: Sweep, seeds: Sequence[int]) -> tuple[str, list[report.Tabl
     for row in sweep.table.rows:
         cells = _ours([*runs.get(row.name, {}).values()], pools.get(row.name), first)
         numbers = row.numbers or ("–",) * len(sweep.table.columns)
-        lines.append([row.name, *cells, row.paper, *map(str, numbers)])
-    header = ["row", "CMT-open", "seeds: range", f"difference from {sweep.table.baseline}", "in the paper", *sweep.table.columns]
+        lines.append([row.name, _trained(sweep, row, seeds), *cells, row.paper, *map(str, numbers)])
+    header = ["row", "trained", "CMT-open", "seeds: range", f"difference from {sweep.table.baseline}", "in the paper", *sweep.table.columns]
     title = (
         f"{sweep.table.title}. Ours (macro-average, 95 % interval over items and seeds); the paper's: other data and bases, not comparable"
     )
@@ -254,6 +255,16 @@ def tables_of(sweep: Sweep, seeds: Sequence[int]) -> tuple[str, list[report.Tabl
     parts = [report.Table(title, header, lines, []).markdown(), *(table.markdown() for table in ours), f"Of the table: {sweep.table.note}"]
     notes = [f"- {row.name}: {row.note}" for row in sweep.table.rows if row.note]
     return "\n\n".join([*parts, "\n".join(notes)]).rstrip() + "\n", ours
+
+
+def _trained(sweep: Sweep, row: TableRow, seeds: Sequence[int]) -> str:
+    """How many parameters learn, counted on the row's own recipe without weights."""
+    recipes = [sweep.evaluation(row, seed).parent / "recipe.yaml" for seed in seeds]
+    found = next((path for path in recipes if path.is_file()), None)
+    if found is None:
+        return "–"
+    recipe = load_recipe(found)
+    return f"{sum(part.trainable for part in count(student(recipe), recipe).values()):,}"
 
 
 def _ours(seeded: Sequence[report.Run], pool: report.Run | None, first: report.Run | None) -> list[str]:

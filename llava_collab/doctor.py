@@ -23,6 +23,7 @@ OPTIONAL = {  # module -> what it is for, and how to get it
     "rouge_score": "ROUGE-L (pip install 'llava_collab[eval]')",
     "sacrebleu": "BLEU (pip install 'llava_collab[eval]')",
     "matplotlib": "plots (pip install 'llava_collab[eval]')",
+    "sklearn": "small text models and routers on text (pip install 'llava_collab[collab]')",
     "ijson": "read the annotation files of CMT-public (pip install 'llava_collab[public]')",
     "tensorboard": "a second log (pip install 'llava_collab[train]')",
     "bitsandbytes": "4-bit LoRA on CUDA (pip install 'llava_collab[gpu]')",
@@ -38,6 +39,7 @@ _DISTRIBUTIONS = {
     "rouge_score": "rouge-score",
     "flash_attn": "flash-attn",
     "open_clip": "open-clip-torch",
+    "sklearn": "scikit-learn",
 }
 
 

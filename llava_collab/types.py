@@ -97,7 +97,10 @@ class Answer:
 class Model(Protocol):
     """Anything that answers: a network, a shunt of two, a planner with tools."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What records and bills call it."""
+        ...
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer a request, in order. A request that fails gives an `Answer` with `error` set; it never costs the others theirs."""

@@ -218,3 +218,31 @@ def test_answers_are_kept_and_a_cut_line_is_asked_again(tmp_path: Path) -> None:
     path.write_text("[]\n")
     with pytest.raises(ValueError, match="no kept answer"):
         Recorded(Echo(), path, "v1")
+
+
+def test_a_stored_system_answers_without_its_data(measured: Path, tmp_path: Path) -> None:
+    """As `llava-collab ask` does: thresholds and routers come from the folder, leaves need no fitting."""
+
+    class Fixed:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def score(self, requests: Sequence[Request]) -> list[Answer]:
+            return [Answer("cat", Usage(1), self.name, scores=(0.1, 0.8, 0.1)) for _ in requests]
+
+        generate = score
+
+    systems = {
+        "router": {"route": {"small": "a", "large": "b", "gate": {"kind": "transformed", "epochs": 3}, "threshold": {"share": 0.4}}},
+        "DS": {"shunt": {"small": "a", "large": "b", "threshold": {"drop": 0.5}}},
+    }
+    path = tmp_path / "fixed.yaml"
+    path.write_text(yaml.safe_dump({"models": {"a": {"kind": "fixed"}, "b": {"kind": "fixed"}}, "systems": systems}), encoding="utf-8")
+    recipe, tools = load_recipe(path, ["fixed"]), {"fixed": lambda name, spec: Fixed(name)}
+    own = task()
+    found = [Builder(recipe, task=own, folder=tmp_path, tools=tools).model(name) for name in systems]
+    again = [Builder(recipe, folder=tmp_path, keep_answers=False, tools=tools).model(name) for name in systems]
+    for one, other in zip(found, again, strict=True):
+        assert [a.model for a in one.generate(own.test)] == [a.model for a in other.generate(own.test)]
+    with pytest.raises(ValueError, match="not a stored threshold"):
+        Builder(recipe, folder=tmp_path / "elsewhere", tools=tools).model("DS")

@@ -24,8 +24,11 @@ Floats = NDArray[np.float64]
 class Gate(Protocol):
     """See the head of this file. `reads` says what it needs."""
 
-    name: str
-    reads: Literal["draft", "request"]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def reads(self) -> Literal["draft", "request"]: ...
 
     def __call__(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> list[float]:
         """[M] confidences that the small model's answer will do. `drafts` is empty for a gate that reads requests."""

@@ -19,7 +19,8 @@ from .gates import Floats
 class Hint(Protocol):
     """See the head of this file."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> tuple[list[Request], list[Answer]]:
         """The requests that the large model gets, and, where a model was asked for them, its answers (else none), which are on the bill."""
@@ -97,6 +98,6 @@ def strong_choices(
 ) -> frozenset[str]:
     """Choices that the small model would have answered itself, rightly: of the validation items of this choice, at least `share` were
     answered with a largest probability of `threshold` or more, and right. A choice without items is not among them."""
-    right_M = np.asarray(right_M)
-    own_M = (scores_MN.max(1) >= threshold) & (scores_MN.argmax(1) == right_M)
-    return frozenset(choice for k, choice in enumerate(choices) if (right_M == k).any() and own_M[right_M == k].mean() >= share)
+    at_M = np.asarray(right_M)
+    own_M = (scores_MN.max(1) >= threshold) & (scores_MN.argmax(1) == at_M)
+    return frozenset(choice for k, choice in enumerate(choices) if np.any(at_M == k) and own_M[at_M == k].mean() >= share)

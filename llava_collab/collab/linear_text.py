@@ -155,7 +155,8 @@ def empty_linear_text(texts: Sequence[str], labels: Sequence[str], name: str, *,
     from sklearn.feature_extraction.text import CountVectorizer
 
     counter = CountVectorizer(min_df=least, max_features=words)
-    seen_W = np.asarray((counter.fit_transform(texts) > 0).sum(0)).ravel()
+    counts_MW: Any = counter.fit_transform(texts)
+    seen_W = np.asarray((counts_MW > 0).sum(0)).ravel()
     vocabulary = tuple(str(word) for word in counter.get_feature_names_out())
     idf_W = np.log((1 + len(texts)) / (1 + seen_W)) + 1.0
     return LinearText(name, tuple(sorted(labels)), vocabulary, idf_W, np.zeros((len(labels), len(vocabulary))), np.zeros(len(labels)))

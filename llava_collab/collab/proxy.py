@@ -46,7 +46,7 @@ class Proxy(Single):
 
     def _steering(self, requests: Sequence[Request]) -> Sequence[LogitsProcessor]:
         followers = [Follower(m.network, m.processor.encode_requests(requests).to(m.network.device)) for m in (self.expert, self.anti)]
-        return [Steering(*followers, self.alpha)]
+        return [Steering(followers[0], followers[1], self.alpha)]
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """See `types.Model`."""

@@ -237,7 +237,7 @@ class Builder:
         fold_M = np.random.default_rng(task.seed).permutation(len(requests)) % folds
         kind, told = spec.pop("kind"), list(requests)
         for fold in range(folds):
-            known, fresh = np.flatnonzero(fold_M != fold), np.flatnonzero(fold_M == fold)
+            known, fresh = np.flatnonzero(fold_M != fold).tolist(), np.flatnonzero(fold_M == fold).tolist()
             small = fit_linear_text(kind, [requests[k].text for k in known], [labels[k] for k in known], "fold", seed=task.seed, **spec)
             asked = [replace(requests[k], choices=small.labels) for k in fresh]
             for k, hinted in zip(fresh, Soft()(asked, small.score(asked))[0], strict=True):
@@ -321,7 +321,7 @@ class Builder:
             if "path" in spec:
                 return load_router(Path(spec["path"]), features)
             path = self.folder / f"{file_name(name)}.router.safetensors" if self.folder else None
-            if self.task is None and path is not None and path.isfile_name():
+            if self.task is None and path is not None and path.is_file():
                 return load_router(path, features)
             task = self._needs_task(name, "learns a router")
             small_M1, large_M1 = (self._quality(settings[part], task.tuning)[:, None] for part in ("small", "large"))

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -71,9 +71,14 @@ def _spread(y_M: Floats) -> float:
 class Features(Protocol):
     """What a router sees. `name` and `size` say which features a stored router needs; `reads` whether they need a draft."""
 
-    name: str
-    size: int
-    reads: Literal["draft", "request"]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def reads(self) -> Literal["draft", "request"]: ...
 
     def __call__(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> tuple[Tensor, list[Usage]]:
         """Float [M,F], and what they cost. `drafts` is empty for features that read requests."""
@@ -94,7 +99,7 @@ class HashedText:
     def __call__(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> tuple[Tensor, list[Usage]]:
         from sklearn.feature_extraction.text import HashingVectorizer
 
-        hashed = HashingVectorizer(n_features=self.size, ngram_range=(1, 2), alternate_sign=False)
+        hashed: Any = HashingVectorizer(n_features=self.size, ngram_range=(1, 2), alternate_sign=False)
         rows_MF = hashed.transform([request.text for request in requests]).toarray()
         return torch.tensor(rows_MF, dtype=torch.float32), [Usage()] * len(requests)
 

@@ -234,9 +234,9 @@ def open_single(folder: str, name: str, *, device: torch.device | str = "cpu", d
     kind = AutoConfig.from_pretrained(folder).model_type
     if kind in ("hyper_llava", "llava"):
         network, processor = build.load(folder, dtype=dtype)
-        return Single(network.to(device), processor, name)
+        return Single(cast(Any, network).to(device), processor, name)
     if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        network = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
+        network = cast(Any, AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto"))
         return Single(network.to(device), ChatProcessor(AutoProcessor.from_pretrained(folder)), name)
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         network = cast(Any, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto"))

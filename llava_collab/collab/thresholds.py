@@ -66,13 +66,14 @@ def choose_threshold(
     """
     if (drop is None) == (share is None):
         raise ValueError("a threshold is chosen for a quality budget (`drop`) or for a cost budget (`share`): give one of the two")
+    budget = 1.0 if share is None else share
     values, shares, qualities = sweep(confidence_M, small_M, large_M)
     large = float(large_M.mean())
     if drop is not None:
         fine = np.flatnonzero(qualities >= (1 - drop) * large - 1e-12)  # all-large is among them
         best = int(fine[np.argmin(shares[fine])])
     else:
-        fine = np.flatnonzero(shares <= share + 1e-12)  # all-small is among them
+        fine = np.flatnonzero(shares <= budget + 1e-12)  # all-small is among them
         best = int(fine[np.lexsort((shares[fine], -qualities[fine]))[0]])
     rule = f"fewest large calls at a drop of at most {drop:g}" if drop is not None else f"best quality at a share of at most {share:g}"
     return Threshold.at(float(values[best]), rule, confidence_M, small_M, large_M, of)
