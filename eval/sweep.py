@@ -264,7 +264,11 @@ def _trained(sweep: Sweep, row: TableRow, seeds: Sequence[int]) -> str:
     if found is None:
         return "–"
     recipe = load_recipe(found)
-    return f"{sum(part.trainable for part in count(student(recipe), recipe).values()):,}"
+    try:
+        parts = count(student(recipe), recipe)
+    except BlueprintError:  # what it starts from is no longer there
+        return "–"
+    return f"{sum(part.trainable for part in parts.values()):,}"
 
 
 def _ours(seeded: Sequence[report.Run], pool: report.Run | None, first: report.Run | None) -> list[str]:
