@@ -27,6 +27,7 @@ import yaml
 from ..files import keyed, model_sha256
 from ..types import Answer, Model, Request
 from .asking import Verb, ask
+from .classifier import Classifier
 from .compose import Ensemble, Route, Shunt
 from .distill import Distiller, Labeler, Targets, WeakToStrong, two_stage_confidence
 from .endpoint import REMOTE_KEY, Client
@@ -49,6 +50,7 @@ _keyed = partial(keyed, error=CollabError)
 _PAIR = {"small", "large", "gate", "threshold", "degrade"}
 _KINDS: Mapping[str, set[str]] = {
     "network": {"path", "dtype"},
+    "classifier": {"path", "bf16"},
     "remote": {"endpoint", "model", "price_in", "price_out", "timeout", "attempts", "parallel"},
     **dict.fromkeys(KINDS, {"words", "smoothing", "strength", "hinted_by", "folds"}),
     "two-stage": {"student", "teacher", "small_sure", "large_sure", "rehearsal", "steps", "lr"},
@@ -195,12 +197,16 @@ class Builder:
             bare = self._bare.get(name)
             if isinstance(bare, LinearText):
                 content += [bare.labels, hashlib.sha256(bare.weight_CW.tobytes()).hexdigest()]
-            elif spec.get("kind") == "network":
-                content.append(model_sha256(Path(spec["path"])) if Path(spec["path"]).is_dir() else spec["path"])
+            elif "path" in spec:
+                content.append(model_sha256(Path(self._path(spec))) if Path(self._path(spec)).is_dir() else spec["path"])
             names = self.recipe.models.keys() | self.recipe.systems.keys()
             content += [self.identity(part) for part in _parts(spec) if part in names]
             self._identities[name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         return self._identities[name]
+
+    def _path(self, spec: Mapping[str, Any]) -> str:
+        """A leaf's path; `{seed}` in it is the task's seed, for leaves that were trained on the task's own texts."""
+        return str(spec["path"]).replace("{seed}", str(self.task.seed if self.task else 0))
 
     def _recorded(self, name: str, model: Model) -> Model:
         self._bare[name] = self._made[name] = model
@@ -215,7 +221,9 @@ class Builder:
             return self.tools[kind](name, spec)
         if kind == "network":
             dtype = None if spec.get("dtype") is None else getattr(torch, spec["dtype"])
-            return open_single(spec["path"], name, device=self.device, dtype=dtype)
+            return open_single(self._path(spec), name, device=self.device, dtype=dtype)
+        if kind == "classifier":
+            return Classifier(self._path(spec), name, device=self.device, bf16=bool(spec.get("bf16", True)))
         if kind == "remote":
             client = Client(
                 spec["endpoint"], spec["model"], timeout=spec.get("timeout", 60.0), attempts=spec.get("attempts", 3), key=REMOTE_KEY
