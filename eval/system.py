@@ -19,7 +19,7 @@ import tyro
 from llava_collab.collab.recipe import Builder, CollabError, Recipe, load_recipe
 from llava_collab.evaluation.environment import environment
 from llava_collab.evaluation.report import csv_text
-from llava_collab.evaluation.system import advantage_table, asked_table, measure, plot_systems, read_systems, system_table
+from llava_collab.evaluation.system import advantage_table, asked_table, domain_table, measure, plot_systems, read_systems, system_table
 from llava_collab.evaluation.tasks import read_task
 from llava_collab.evaluation.tools import TOOLS, make_tool
 from llava_collab.files import write_json, write_text
@@ -65,6 +65,8 @@ def main(args: Args) -> None:
             _measure(args, recipe, names, seed)
     systems = read_systems(args.out, names)
     tables = [system_table(systems, recipe.pair), advantage_table(systems, recipe.pair), asked_table(systems)]
+    if recipe.pair and (domain := domain_table(systems, recipe.pair[0])) is not None:
+        tables.append(domain)
     text = "\n\n".join(table.markdown() for table in tables)
     write_text(args.out / "table.md", f"{text}\n")
     write_text(args.out / "table.csv", csv_text(tables))

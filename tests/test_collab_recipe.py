@@ -15,7 +15,7 @@ from running import ROOT
 
 from llava_collab.collab.recipe import Builder, CollabError, Task, load_recipe
 from llava_collab.collab.recorded import Recorded
-from llava_collab.evaluation.system import advantage_table, asked_table, measure, plot_systems, read_systems, system_table
+from llava_collab.evaluation.system import advantage_table, asked_table, domain_table, measure, plot_systems, read_systems, system_table
 from llava_collab.evaluation.tools import TOOLS
 from llava_collab.types import Answer, Request, Turn, Usage
 
@@ -154,6 +154,13 @@ def test_tables_and_plot_are_made_of_records_alone(measured: Path, tmp_path: Pat
         table.markdown()
         for table in (system_table(systems, ("small", "large")), advantage_table(systems, ("small", "large")), asked_table(systems))
     )
+    assert domain_table(systems, "nobody") is None
+    domain = domain_table(systems, "small", 0.6)
+    assert domain is not None
+    cells = dict(zip(domain.header[1:], map(float, domain.lines[0][1:]), strict=True))
+    share = float(domain.title.split(": ")[1].split("%")[0]) / 100
+    whole = share * cells["own domain"] + (1 - share) * cells["elsewhere"]
+    assert whole == pytest.approx(systems[0].quality().mean, abs=0.1) and cells["own domain"] > cells["elsewhere"]
     assert "minus large" in text and "cost advantage" in text and "| DS | small 100.0%, large" in text
     plot_systems(systems, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000

@@ -89,7 +89,7 @@ def main(args: Args) -> None:
     base = prepare(args.base) if is_base(args.base) else Path(args.base)
     student = UpperBlocks(base, choices, learning=args.learning, tokens=args.tokens, seed=args.seed)
     print(
-        f"{len(requests)} texts of {task.name}, {len(choices)} labels; the states below the upper {args.learning} blocks first", flush=True
+        f"{len(requests)} texts of {task.name}, {len(choices)} labels; first the states below the upper {args.learning} blocks", flush=True
     )
     student.keep([request.text for request in requests])
     distiller = Distiller(args.steps, args.batch_size, args.lr, weight_decay=0.01, seed=args.seed, bf16=True)

@@ -213,6 +213,27 @@ def asked_table(systems: Sequence[System]) -> Table:
     return Table("Who was asked (share of the requests)", ["System", "asked"], lines, plain)
 
 
+def domain_table(systems: Sequence[System], small: str, sure: float = 0.9) -> Table | None:
+    """Quality on the small model's own domain, the requests where its largest probability is `sure` or more, and on the others: what
+    teaching it costs there is what it forgot. None where the small model gave no probabilities."""
+    own = next((system for system in systems if system.name == small), None)
+    if own is None or not all("choice_scores" in row for rows in own.seeds for row in rows):
+        return None
+    domains = [{row["sample_id"] for row in rows if max(row["choice_scores"]) >= sure} for rows in own.seeds]
+    lines, plain = [], []
+    for system in systems:
+        figures = {}
+        for name, inside in (("own domain", True), ("elsewhere", False)):
+            pairs = [(row, ids) for rows, ids in zip(system.seeds, domains, strict=True) for row in rows]
+            scores = [row["score"] or 0.0 for row, ids in pairs if (row["sample_id"] in ids) == inside]
+            figures[name] = float(np.mean(scores)) if scores else float("nan")
+        lines.append([system.name, *(f"{value:.2f}" for value in figures.values())])
+        plain += [{"model": system.name, "category": MACRO, "figure": name, "value": value} for name, value in figures.items()]
+    share = sum(map(len, domains)) / sum(map(len, own.seeds))
+    title = f"Quality on {small}'s own domain (it is sure, at {sure:g} or above: {share:.1%} of the requests) and elsewhere"
+    return Table(title, ["System", "own domain", "elsewhere"], lines, plain)
+
+
 def advantage_table(systems: Sequence[System], pair: tuple[str, str] | None) -> Table:
     """Hybrid LLM's tables 1 and 3 for every shunt and route: the drop against the pair's large model (or its own, without a pair), in % of
     that one's quality, at fixed cost advantages, and cost advantage and drop on the test requests at the threshold that was chosen."""
