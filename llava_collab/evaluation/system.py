@@ -220,18 +220,28 @@ def domain_table(systems: Sequence[System], small: str, sure: float = 0.9) -> Ta
     if own is None or not all("choice_scores" in row for rows in own.seeds for row in rows):
         return None
     domains = [{row["sample_id"] for row in rows if max(row["choice_scores"]) >= sure} for rows in own.seeds]
+    before = [{row["sample_id"]: row["score"] or 0.0 for row in rows} for rows in own.seeds]
     lines, plain = [], []
     for system in systems:
-        figures = {}
+        figures: dict[str, float | Interval] = {}
         for name, inside in (("own domain", True), ("elsewhere", False)):
-            pairs = [(row, ids) for rows, ids in zip(system.seeds, domains, strict=True) for row in rows]
-            scores = [row["score"] or 0.0 for row, ids in pairs if (row["sample_id"] in ids) == inside]
-            figures[name] = float(np.mean(scores)) if scores else float("nan")
-        lines.append([system.name, *(f"{value:.2f}" for value in figures.values())])
-        plain += [{"model": system.name, "category": MACRO, "figure": name, "value": value} for name, value in figures.items()]
+            triples = [
+                (row["score"] or 0.0, score[row["sample_id"]])
+                for rows, ids, score in zip(system.seeds, domains, before, strict=True)
+                for row in rows
+                if (row["sample_id"] in ids) == inside
+            ]
+            if triples:
+                scores_N2 = np.array(triples)
+                figures[name] = float(scores_N2[:, 0].mean())
+                figures[f"{name}, minus before"] = bootstrap({name: scores_N2[:, 0] - scores_N2[:, 1]})[name]
+        plain += [_figure(system.name, name, value) for name, value in figures.items()]
+        cells = [f"{v.mean:+.2f} [{v.low:+.2f}, {v.high:+.2f}]" if isinstance(v, Interval) else f"{v:.2f}" for v in figures.values()]
+        lines.append([system.name, *cells])
     share = sum(map(len, domains)) / sum(map(len, own.seeds))
     title = f"Quality on {small}'s own domain (it is sure, at {sure:g} or above: {share:.1%} of the requests) and elsewhere"
-    return Table(title, ["System", "own domain", "elsewhere"], lines, plain)
+    header = ["System", "own domain", f"minus {small}", "elsewhere", f"minus {small}"]
+    return Table(title, header, lines, plain)
 
 
 def advantage_table(systems: Sequence[System], pair: tuple[str, str] | None) -> Table:
