@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from running import program
 from test_collab_compose import LARGE, SURE, Known
 from test_collab_proxy import requests, text_model, vision_model
 
@@ -15,6 +16,7 @@ from llava_collab.collab.gates import Random, fit_temperature, temper
 from llava_collab.collab.router import HashedText, PooledState, Router, best_relaxation, fit_router, load_router, routing_targets
 from llava_collab.collab.thresholds import ALL_LARGE, choose_threshold, load_threshold, threshold_for_traffic
 from llava_collab.evaluation.curves import auroc, calibration_error, curve, pgr
+from llava_collab.evaluation.records import write_rows
 from llava_collab.types import Request, Turn, Usage
 
 
@@ -163,3 +165,37 @@ def test_calibration_is_mended_by_a_temperature() -> None:
     assert calibration_error(mended.max(1), hit) < 0.03 < 0.2 < calibration_error(sure.max(1), hit)
     assert 0.6 < auroc(mended.max(1), hit) < 0.8  # type: ignore[operator]
     assert auroc(np.array([0.1, 0.9]), np.array([0.0, 1.0])) == 1.0 and auroc(np.array([0.5, 0.5]), np.array([0.0, 1.0])) == 0.5
+
+
+def test_the_program_learns_from_records(tmp_path: Path) -> None:
+    """Two record folders in, a router and a threshold out, that recipes can use."""
+    asked, small, large = skewed(200, 0)
+    for name, scores in (("small", small), ("large", large)):
+        for answer in range(2):
+            scaled = np.clip((scores[:, answer] + 8) / 12, 0, 1) * 100
+            rows = [{"sample_id": r.id, "prompt": r.text, "score": float(s)} for r, s in zip(asked, scaled, strict=True)]
+            write_rows(tmp_path / f"{name}-{answer}", rows)
+    folders = {name: [str(tmp_path / f"{name}-{k}") for k in range(2)] for name in ("small", "large")}
+    command = [
+        "train/router.py",
+        "--small",
+        *folders["small"],
+        "--large",
+        *folders["large"],
+        "--out",
+        str(tmp_path / "out"),
+        "--drop",
+        "0.05",
+    ]
+    done = program(*command)
+    assert done.returncode == 0, done.stderr
+    assert "transformed router" in done.stdout and "of the calls saved" in done.stdout
+    router = load_router(tmp_path / "out/router.safetensors", HashedText())
+    easy, hard = (router([Request("x", (Turn("user", f"grade{h} tone1"),))], [])[0] for h in (0, 9))
+    assert easy > hard
+    assert load_threshold(
+        tmp_path / "out/threshold.json", {"gate": router.name, "small": folders["small"][0], "large": folders["large"][0], "hint": "none"}
+    )
+    write_rows(tmp_path / "other", [{"sample_id": "z", "prompt": "z", "score": 1.0}])
+    done = program("train/router.py", "--small", str(tmp_path / "other"), "--large", folders["large"][0], "--out", str(tmp_path / "no"))
+    assert done.returncode == 1 and "share 0 items" in done.stderr
