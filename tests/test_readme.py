@@ -1,5 +1,6 @@
 """The README's commands exist and take the options that it shows; the architecture page names the floors that are there."""
 
+import csv
 import json
 import re
 import subprocess
@@ -77,6 +78,31 @@ def test_score_tables_are_those_of_the_kept_records(page: str, records: str) -> 
         found = run.intervals()
         cells = [f"{found[name].mean:.1f} ± {found[name].half_width:.1f}" for name in (*report.CATEGORIES, MACRO)]
         assert f"| {run.label} | {' | '.join(cells)} |" in lines
+
+
+def test_the_adapters_table_is_that_of_the_kept_records() -> None:
+    page, folder = (ROOT / "docs/adapters.md").read_text(encoding="utf-8"), ROOT / "docs/results/adapters"
+    rows = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    pools = {}
+    for row in rows:
+        seeds = sorted((folder / row).glob("seed-*"))
+        pools[row] = report.pooled(row, dict(enumerate(report.read_runs(seeds))))
+    assert len(rows) == 8 and all(len(list((folder / row).glob("seed-*"))) == 3 for row in rows)
+    for row, pool in pools.items():
+        score, gap = pool.intervals()[MACRO], report.paired(pools["teamlora"], pool)[MACRO]
+        told = "–" if row == "teamlora" else f"{gap.mean:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]"
+        assert re.search(rf"`{row}` \| [\d,]+ \| {score.mean:.1f} ± {score.half_width:.1f} \| .* \| {re.escape(told)} \|", page), row
+
+
+@pytest.mark.parametrize("name", ["ds-r52", "ds-20ng", "ds-r8", "w2s-300", "w2s-1000"])
+def test_the_tables_of_systems_are_those_of_the_program(name: str) -> None:
+    page, rows = (ROOT / "docs/collaboration.md").read_text(encoding="utf-8"), 0
+    with (ROOT / "docs/results/systems" / name / "table.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["figure"] == "quality":
+                rows += 1
+                assert f"| {row['model']} | {float(row['value']):.2f} [{float(row['low']):.2f}, {float(row['high']):.2f}] |" in page
+    assert rows >= 6
 
 
 def test_the_fault_table_is_that_of_the_campaign() -> None:
