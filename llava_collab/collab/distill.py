@@ -216,7 +216,7 @@ class Distiller:
         with tqdm(total=self.steps, initial=len(losses), desc="distil", unit="step", disable=quiet) as bar:
             for step in range(len(losses), self.steps):
                 for group in optimizer.param_groups:
-                    group["lr"] = self.lr * self._schedule(step)
+                    group["lr"] = self.lr * rate(step, self.steps, self.warmup)
                 losses.append(self._step(student, inputs, labeler, optimizer, step))
                 bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
                 bar.update()
@@ -228,7 +228,7 @@ class Distiller:
     def _step(
         self, student: torch.nn.Module, inputs: Sequence[Any], labeler: Labeler, optimizer: torch.optim.Optimizer, step: int
     ) -> float:
-        rows_B = self._rows(step, len(inputs))
+        rows_B = rows_of(step, self.batch_size, len(inputs), self.seed)
         batch = [inputs[row] for row in rows_B.tolist()]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         with torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=self.bf16):
@@ -250,18 +250,6 @@ class Distiller:
         torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         optimizer.step()
         return float(loss.detach())
-
-    def _rows(self, step: int, count: int) -> Tensor:
-        """int64 [B] of a step: every epoch is a permutation drawn from seed and epoch, so that a resumed training sees the same."""
-        size = min(self.batch_size, count)
-        places = range(step * size, (step + 1) * size)
-        return torch.stack([_order(self.seed, place // count, count)[place % count] for place in places])
-
-    def _schedule(self, step: int) -> float:
-        rising = max(1, round(self.warmup * self.steps))
-        if step < rising:
-            return (step + 1) / rising
-        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, self.steps - rising)))
 
     def _save(self, folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
         """One file, so that a kill leaves the old one or the new one."""
@@ -290,6 +278,21 @@ class Distiller:
                 key: tensors[f"{key}.{name}"].to(p.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")
             }
         return list(json.loads(about["losses"]))
+
+
+def rows_of(step: int, batch_size: int, count: int, seed: int) -> Tensor:
+    """int64 [B] of a step: every epoch is a permutation drawn from seed and epoch, so that a resumed training sees the same."""
+    size = min(batch_size, count)
+    places = range(step * size, (step + 1) * size)
+    return torch.stack([_order(seed, place // count, count)[place % count] for place in places])
+
+
+def rate(step: int, steps: int, warmup: float) -> float:
+    """Share of the highest learning rate: up along a line over the share `warmup` of the steps, then down along a cosine to 0."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
 @lru_cache(maxsize=4)

@@ -1,0 +1,118 @@
+"""One run that trains a small model, a large model and the gate between them, with the expected cost in the loss.
+
+With g the gate's probability that the small model answers, l_s and l_l the two models' losses on a sample, c the price of a large call:
+
+    together   mean[ g l_s + (1 - g) (l_l + c) ] + keep mean[ l_s + l_l ]
+    apart      mean[ l_s + l_l ] + mean[ g l_s' + (1 - g) (l_l' + c) ],  ' : without gradient
+
+Together, each model learns most where it is asked; apart, all learn from the same samples in the same steps, and the gate only watches. So
+the two differ in nothing but whether the models feel the gate. Shapes: B samples, S supervised tokens, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from .distill import TokenStudent, rate, rows_of
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step was like: mean losses of both models, mean probability that the small one answers, and the whole loss."""
+
+    small: float
+    large: float
+    asked_small: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Together:
+    """How to train the three; `fit` does it."""
+
+    steps: int = 250
+    batch_size: int = 16
+    small_lr: float = 2e-4
+    large_lr: float = 2e-4
+    gate_lr: float = 1e-2
+    cost: float = 0.1
+    """c: what a large call costs, in nats a token of mean loss."""
+    keep: float = 0.25
+    """How much both models go on learning from every sample, whoever is asked: without it, one that is never asked never learns."""
+    joint: bool = True
+    """Together, or apart."""
+    warmup: float = 0.06
+    clip_norm: float = 1.0
+    seed: int = 0
+
+    def fit(
+        self,
+        small: TokenStudent,
+        large: TokenStudent,
+        gate: nn.Linear,
+        small_rows: Sequence[Any],
+        large_rows: Sequence[Any],
+        features_MF: Tensor,
+        *,
+        quiet: bool = False,
+    ) -> list[Step]:
+        """Train in place what requires gradients of the three. The rows are the same samples, as each model's processor encodes them, and
+        `features_MF` what the gate sees of them; `gate` maps [B,F] to [B,1].
+
+        Raises ValueError for rows that do not match, and for a loss that is not finite, before the update.
+        """
+        if not (len(small_rows) == len(large_rows) == len(features_MF)) or not len(small_rows):
+            raise ValueError(
+                f"{len(small_rows)} and {len(large_rows)} rows with {len(features_MF)} features: all have to be of the same samples"
+            )
+        groups = []
+        for module, lr in ((small, self.small_lr), (large, self.large_lr), (gate, self.gate_lr)):
+            if own := [p for p in module.parameters() if p.requires_grad]:
+                groups.append({"params": own, "lr": lr, "highest": lr})
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        small.train(), large.train()
+        steps = []
+        for step in tqdm(range(self.steps), desc="together" if self.joint else "apart", unit="step", disable=quiet):
+            rows = rows_of(step, self.batch_size, len(small_rows), self.seed).tolist()
+            for group in optimizer.param_groups:
+                group["lr"] = group["highest"] * rate(step, self.steps, self.warmup)
+            small_B = sample_losses(small, [small_rows[k] for k in rows])
+            large_B = sample_losses(large, [large_rows[k] for k in rows]).to(small_B)
+            device = next(gate.parameters()).device
+            g_B = gate(features_MF[rows].to(device))[:, 0].sigmoid().to(small_B)
+            loss = self.loss(g_B, small_B, large_B)
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"step {step + 1}: the loss is {loss.item()}; the batch's rows start with {rows[:8]}. Look at them, or lower a rate"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            for group in optimizer.param_groups:
+                torch.nn.utils.clip_grad_norm_(group["params"], self.clip_norm)
+            optimizer.step()
+            steps.append(Step(*(float(value.detach().mean()) for value in (small_B, large_B, g_B, loss))))
+        small.eval(), large.eval()
+        return steps
+
+    def loss(self, g_B: Tensor, small_B: Tensor, large_B: Tensor) -> Tensor:
+        """See the head of this file."""
+        if self.joint:
+            return (g_B * small_B + (1 - g_B) * (large_B + self.cost)).mean() + self.keep * (small_B + large_B).mean()
+        watched = g_B * small_B.detach() + (1 - g_B) * (large_B.detach() + self.cost)
+        return (small_B + large_B).mean() + watched.mean()
+
+
+def sample_losses(student: TokenStudent, rows: Sequence[Any]) -> Tensor:
+    """[B]: each sample's mean cross-entropy over its own supervised tokens."""
+    logits_SV = student(rows).float()
+    at_S, tokens_S = (value.to(logits_SV.device) for value in student.positions(rows))
+    own_S = F.cross_entropy(logits_SV, tokens_S, reduction="none")
+    zeros_B = own_S.new_zeros(len(rows))
+    return zeros_B.index_add(0, at_S, own_S) / zeros_B.index_add(0, at_S, torch.ones_like(own_S)).clamp(min=1)

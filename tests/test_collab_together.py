@@ -1,0 +1,100 @@
+"""Training small, large and gate in one run: the loss is the formula's, and each model learns most where it is asked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import ROOT
+from synthetic import write_shapes
+from transformers import LlamaForCausalLM
+
+from llava_collab.collab.distill import TokenStudent
+from llava_collab.collab.router import HashedText, load_router
+from llava_collab.collab.together import Together, sample_losses
+from llava_collab.data.collate import Collator
+from llava_collab.models.build import ModelSpec, build, load
+from llava_collab.models.tiny import tiny_decoder
+
+
+def student(seed: int) -> TokenStudent:
+    torch.manual_seed(seed)
+    return TokenStudent(LlamaForCausalLM(tiny_decoder()), Collator(0))
+
+
+def samples(count: int) -> tuple[list[dict[str, Any]], torch.Tensor]:
+    """Half of them say one thing, half another; the features tell which."""
+    rows, features = [], torch.zeros(count, 2)
+    for k in range(count):
+        kind = k % 2
+        ids = torch.tensor([7, 8 + kind, 20 + 5 * kind, 21 + 5 * kind, 22 + 5 * kind])
+        labels = ids.clone()
+        labels[:2] = -100
+        rows.append({"sample_id": str(k), "input_ids": ids, "labels": labels, "guidance_mask": labels == -100})
+        features[k, kind] = 1.0
+    return rows, features
+
+
+def test_losses_are_means_over_each_samples_own_tokens() -> None:
+    model, (rows, _) = student(0), samples(3)
+    rows[1]["labels"][2] = -100
+    together = sample_losses(model, rows)
+    for k, row in enumerate(rows):
+        assert sample_losses(model, [row]).item() == pytest.approx(together[k].item(), rel=1e-5)
+
+
+def test_the_loss_is_the_formulas_and_apart_the_models_do_not_feel_the_gate() -> None:
+    g, small, large = (torch.tensor(v, requires_grad=True) for v in ([0.2, 0.9], [1.0, 2.0], [0.5, 3.0]))
+    joint = Together(cost=0.1, keep=0.25).loss(g, small, large)
+    expected = (0.2 * 1 + 0.8 * 0.6 + 0.9 * 2 + 0.1 * 3.1) / 2 + 0.25 * (1.5 + 5.0) / 2
+    assert joint.item() == pytest.approx(expected)
+    apart = Together(cost=0.1, joint=False).loss(g, small, large)
+    assert apart.item() == pytest.approx((1.5 + 5.0) / 2 + (0.2 * 1 + 0.8 * 0.6 + 0.9 * 2 + 0.1 * 3.1) / 2)
+    gradients = torch.autograd.grad(apart, (g, small, large))
+    assert gradients[1].tolist() == gradients[2].tolist() == [0.5, 0.5] and gradients[0].abs().min() > 0
+    assert torch.autograd.grad(joint, small)[0].tolist() == pytest.approx([(0.2 + 0.25) / 2, (0.9 + 0.25) / 2])
+
+
+def test_the_gate_learns_who_is_good_at_what_and_a_price_moves_it() -> None:
+    rows, features = samples(32)
+    shares = {}
+    for cost in (0.0, 100.0):
+        small, large, gate = student(1), student(2), torch.nn.Linear(2, 1)
+        large.requires_grad_(False)
+        steps = Together(steps=30, batch_size=8, small_lr=3e-3, cost=cost, gate_lr=0.1).fit(
+            small, large, gate, rows, rows, features, quiet=True
+        )
+        assert steps[-1].small < steps[0].small
+        shares[cost] = steps[-1].asked_small
+    assert shares[100.0] > 0.9 and shares[100.0] > shares[0.0]
+
+
+def test_rows_have_to_be_of_the_same_samples() -> None:
+    rows, features = samples(4)
+    with pytest.raises(ValueError, match="of the same samples"):
+        Together(steps=1).fit(student(0), student(1), torch.nn.Linear(2, 1), rows, rows[:3], features)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_program_leaves_models_and_a_router(tmp_path: Path, apart: bool) -> None:
+    data = write_shapes(tmp_path / "data", 24)
+    for seed, name in enumerate(("small", "large")):
+        experts = {"bottleneck": 4, "code_width": 4} if name == "large" else None
+        network, processor = build(ModelSpec(visual_expert=experts, language_expert=experts), seed)
+        network.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    command = ["--small", str(tmp_path / "small"), "--large", str(tmp_path / "large"), "--data", str(data), "--out", str(tmp_path / "out")]
+    command += ["--steps", "3", "--batch-size", "4", "--device", "cpu", *(["--apart"] if apart else [])]
+    done = subprocess.run([sys.executable, "train/together.py", *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    router = load_router(tmp_path / "out/router.safetensors", HashedText())
+    assert router.name == ("apart" if apart else "together")
+    before, after = ({n: dict(load(tmp_path / f / n)[0].named_parameters()) for n in ("small", "large")} for f in (".", "out"))
+    for name in ("small", "large"):
+        moved = {key for key, value in after[name].items() if not torch.equal(value, before[name][key])}
+        assert moved and all(("expert" in key) if name == "large" else ("vision_tower" not in key) for key in moved)
+    assert len((tmp_path / "out/log.jsonl").read_text().splitlines()) == 3
