@@ -1,7 +1,7 @@
 """Measure systems of models: quality, cost and latency of every model and composite of a recipe, on the same requests.
 
     python eval/system.py eval/suites/systems/ds-r52.yaml --seeds 0 1 2 --out runs/systems/ds-r52
-    python eval/system.py eval/suites/systems/cmt-open.yaml --out runs/systems/cmt --only "HyperLLaVA" "DS+"
+    python eval/system.py eval/suites/systems/cmt-open.yaml --out runs/systems/cmt-open --only HyperLLaVA Shunt
 
 Prints the table (with PGR, APGR, CPT, cost advantage), writes table.md, .csv, .tex and a plot of quality against cost into --out.
 Killed? Run the same command again: answers of every model are kept, composites are made of them anew.
@@ -57,13 +57,13 @@ class Args:
 def main(args: Args) -> None:
     """Measure and print. Raises CollabError and other ValueErrors, or FileNotFoundError, with the cure."""
     recipe = load_recipe(args.recipe, TOOLS)
-    names = args.only or (*recipe.models, *recipe.systems)
+    names = tuple(dict.fromkeys((*args.only, *(recipe.pair or ())))) if args.only else (*recipe.models, *recipe.systems)
     if unknown := [name for name in names if name not in recipe.models and name not in recipe.systems]:
         raise CollabError(f"{args.recipe}: no model or system {unknown[0]!r}; there are {', '.join([*recipe.models, *recipe.systems])}")
     if not args.report_only:
         for seed in args.seeds:
             _measure(args, recipe, names, seed)
-    systems = read_systems(args.out, names)
+    systems = read_systems(args.out, names, args.seeds)
     tables = [system_table(systems, recipe.pair), advantage_table(systems, recipe.pair), asked_table(systems)]
     if recipe.pair and (domain := domain_table(systems, recipe.pair[0])) is not None:
         tables.append(domain)

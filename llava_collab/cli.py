@@ -300,12 +300,13 @@ class Ask:
         if self.model.suffix not in (".yaml", ".yml"):
             network, processor = _open(self.model, self.device)
             return Single(network, processor, str(self.model))
+        from .evaluation.tools import TOOLS, make_tool
         from .models.build import pick_device
 
-        recipe = load_recipe(self.model)
-        return Builder(recipe, folder=self.found, keep_answers=False, device=pick_device(self.device)).model(
-            self.system or [*recipe.models, *recipe.systems][-1]
-        )
+        recipe = load_recipe(self.model, TOOLS)
+        tools = {kind: partial(make_tool, kind, None) for kind in TOOLS}  # they answer a suite's questions, and say so
+        builder = Builder(recipe, folder=self.found, keep_answers=False, tools=tools, device=pick_device(self.device))
+        return builder.model(self.system or [*recipe.models, *recipe.systems][-1])
 
 
 @dataclass

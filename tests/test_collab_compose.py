@@ -156,7 +156,7 @@ def test_failures_reach_the_small_model_only_where_the_composite_says_so() -> No
         ):
             answers = composite.score(REQUESTS)
             assert [answer.error for answer in answers] == [None, None if degrade else "out of order", None, None]
-            assert answers[1].by == ("small", "large") if degrade or isinstance(composite, Shunt) else ("large",)
+            assert answers[1].by == (("small", "large") if degrade or isinstance(composite, Shunt) else ("large",))
             if degrade:
                 assert answers[1].model == "small" and answers[1].note == "large failed (out of order); small answered"
     small, large = Known("small", SURE, fails=frozenset({"a"})), Known("large", LARGE)

@@ -249,7 +249,8 @@ def test_linear_texts_are_what_scikit_learn_fits_and_survive_a_save(kind: str, t
     answer = model.score([request])[0]
     p = dict(zip(model.labels, model.probabilities(asked[:1])[0], strict=True))
     assert answer.scores == pytest.approx((p["bird"] / (p["bird"] + p["dog"]), p["dog"] / (p["bird"] + p["dog"]))) and answer.text == "dog"
-    assert "'cow' is none of the 3 labels" in str(model.score([Request("r", (Turn("user", "x"),), choices=("cow", "dog"))])[0].error)
+    assert model.score([Request("r", (Turn("user", "x"),), choices=("cow", "dog"))])[0].scores == (0.0, 1.0)
+    assert "none of small's 3 labels" in str(model.score([Request("r", (Turn("user", "x"),), choices=("cow", "sheep"))])[0].error)
     assert right_indices(["dog", "cow"], model.labels).tolist() == [2, -1]
     (tmp_path / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="not a stored text classifier"):

@@ -93,6 +93,9 @@ def test_bills_name_all_three(three: tuple[list[Single], list[Request]]) -> None
         tokens = answer.parts[0].usage.prompt_tokens + answer.parts[0].usage.generated_tokens
         assert answer.usage.flops == pytest.approx(sum(2.0 * model.parameters * tokens for model in models))
     assert isinstance(Proxy(*models), TokenModel)
+    bad = Request("bad", (Turn("user", "<image> <image> ?"),), ("nowhere.png",), 12)
+    beside = Proxy(*models).generate([asked[0], bad])
+    assert beside[1].error and beside[0].usage.calls == 3  # what fails costs the others nothing
 
 
 def test_unequal_vocabularies_and_beams_are_refused() -> None:

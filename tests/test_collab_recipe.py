@@ -102,6 +102,8 @@ def test_every_recipe_in_the_tree_reads(path: str) -> None:
         ({"systems": {"s": {"blend": {}}}}, "has to be one of shunt"),
         ({"systems": {"small": {"ensemble": {"models": ["large"]}}}}, "a model and a system"),
         ({"pair": {"small": "small", "large": "nobody"}}, "names 'nobody'"),
+        ({"models": {"small": {"kind": "network"}, "large": {"kind": "tfidf-lr"}}, "systems": {}}, "network needs path"),
+        ({"systems": {"s": {"ensemble": {}}}}, "ensemble needs models"),
     ],
 )
 def test_recipes_say_what_they_can_not_mean(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

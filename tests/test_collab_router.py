@@ -113,6 +113,9 @@ def test_thresholds_keep_their_budgets() -> None:
     assert choose_threshold(CONFIDENCE, SMALL, BIG, share=0.39, of=OF).share_large == 0.0  # items of one confidence go together
     assert choose_threshold(CONFIDENCE, 1 - BIG, BIG, drop=0.0, of=OF).value == ALL_LARGE
     assert threshold_for_traffic(CONFIDENCE, 0.5) == 0.6 and threshold_for_traffic(CONFIDENCE, 0.39) == 0.0
+    failed = np.array([-np.inf, 0.5, 0.9])
+    kept = choose_threshold(failed, np.array([0.0, 1.0, 1.0]), np.ones(3), drop=0.0, of=OF)
+    assert (kept.value, kept.share_large) == (0.0, pytest.approx(1 / 3))  # no threshold lets a failed draft stand
     with pytest.raises(ValueError, match="one of the two"):
         choose_threshold(CONFIDENCE, SMALL, BIG, of=OF)
 

@@ -72,7 +72,7 @@ def main(args: Args) -> None:
     """Train and save. Raises ValueError with the cure."""
     if (args.recipe is None) != (args.teacher is None):
         raise ValueError("--recipe and --teacher go together: the recipe has the teacher")
-    if (args.out / "config.json").is_file():
+    if (args.out / "training.json").is_file():  # written last
         print(f"{args.out}: finished before")
         return
     task = text_task(args.texts, args.seed)

@@ -59,9 +59,10 @@ class Classifier:
         if not request.choices:
             best = max(own, key=lambda label: own[label])
             return Answer(best, usage, self.name, likelihood=own[best])
-        if unknown := [choice for choice in request.choices if choice not in own]:
-            return Answer("", usage, self.name, error=f"{request.id}: {unknown[0]!r} is none of the {len(own)} labels of {self.name}")
-        scores = [own[choice] + 1e-30 for choice in request.choices]
+        if not any(choice in own for choice in request.choices):
+            reason = f"{request.id}: {request.choices[0]!r} and its other choices are none of {self.name}'s {len(own)} labels"
+            return Answer("", usage, self.name, error=reason)
+        scores = [own[choice] + 1e-30 if choice in own else 0.0 for choice in request.choices]
         return chosen(request, [p / sum(scores) for p in scores], usage, self.name)
 
 

@@ -59,7 +59,9 @@ class _Pair:
         fine = [k for k in range(len(requests)) if not drafts or drafts[k].error is None]
         asked = [requests[k] for k in fine]
         own = [drafts[k] for k in fine] if drafts else []
-        if isinstance(self.gate, BilledGate):
+        if not fine:
+            found, bills = [], []
+        elif isinstance(self.gate, BilledGate):
             found, bills = self.gate.billed(asked, own)
         else:
             found, bills = self.gate(asked, own), [Usage()] * len(fine)

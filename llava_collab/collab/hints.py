@@ -81,15 +81,18 @@ class Transfer:
     model: Model
     question: str = ""
     template: str = "Known from a small model: {answer}."
+    least: float = 0.5
+    """A result of a smaller likelihood, as a guess of OCR with rules has, is not told."""
     name: str = "transfer"
 
     def __call__(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> tuple[list[Request], list[Answer]]:
         asked = [request.asking(self.question) if self.question else request for request in requests]
         results = ask(self.model, asked)
-        told = [
-            request if result.error is not None else request.asking(f"{request.text}\n{self.template.replace('{answer}', result.text)}")
-            for request, result in zip(requests, results, strict=True)
-        ]
+        told = []
+        for request, result in zip(requests, results, strict=True):
+            unsure = result.likelihood is not None and result.likelihood < self.least
+            line = self.template.replace("{answer}", result.text)
+            told.append(request if result.error is not None or unsure else request.asking(f"{request.text}\n{line}"))
         return told, results
 
 

@@ -32,7 +32,7 @@ class LinearText:
     """A `ScoringModel`: softmax(x W^T + b) over the labels, x the request's TF-IDF (1 + log count, times `scale_W` = idf, length 1).
 
     Naive Bayes reads TF-IDF too: on plain counts it is sure of nearly everything, and a gate learns nothing from that. Scores of a request
-    are those of its choices, which must be among the labels.
+    are those of its choices; one that it was never shown has 0.
     """
 
     name: str
@@ -80,12 +80,13 @@ class LinearText:
         usage = Usage(1, 0, words, 0, 2.0 * len(self.labels) * words, seconds)
         if not request.choices:
             return Answer(self.labels[int(p_C.argmax())], usage, self.name, likelihood=float(p_C.max()))
-        unknown = [choice for choice in request.choices if choice not in self._column]
-        if unknown:
-            reason = f"{request.id}: {unknown[0]!r} is none of the {len(self.labels)} labels that {self.name} was fitted to"
+        known = [choice for choice in request.choices if choice in self._column]
+        if not known:
+            reason = f"{request.id}: {request.choices[0]!r} and its other choices are none of {self.name}'s {len(self.labels)} labels"
             return Answer("", usage, self.name, error=reason)
-        own = p_C[[self._column[choice] for choice in request.choices]] + 1e-300  # all of them may be 0 in double precision
-        return chosen(request, (own / own.sum()).tolist(), usage, self.name)
+        own = dict(zip(known, p_C[[self._column[choice] for choice in known]] + 1e-300, strict=True))  # all may be 0 in double precision
+        total = sum(own.values())
+        return chosen(request, [float(own.get(choice, 0.0) / total) for choice in request.choices], usage, self.name)
 
     def save(self, folder: Path) -> None:
         """Write `model.safetensors` and `model.json`."""

@@ -30,6 +30,7 @@ class Proxy(Single):
 
     def __init__(self, base: Single, expert: Single, anti: Single, alpha: float = 1.0, name: str = "proxy") -> None:
         super().__init__(base.network, base.processor, name)
+        self.lock = base.lock  # the base may answer requests of its own
         self.base, self.expert, self.anti, self.alpha = base, expert, anti, alpha
         for other in (expert, anti):
             if problem := _unlike(base, other):

@@ -6,8 +6,8 @@
     systems:                                 composites of models and of each other, by name
       shunt: {shunt: {small: small, large: large, gate: max, hint: soft, threshold: {share: 0.35}}}
 
-`Builder` makes them. What has to be found on validation data (thresholds, temperatures, strong choices, routers) is found when a system is
-first built for a task, and stored; without a task it has to be stored already.
+`Builder` makes them. What has to be found on held-out data is found when a system is built for a task; thresholds and routers are stored,
+and serve without the task. Leaves that are fitted to a task's texts, temperatures, strong choices and priors need it.
 """
 
 from __future__ import annotations
@@ -62,6 +62,10 @@ _SYSTEMS: Mapping[str, set[str]] = {
     "ensemble": {"models"},
     "proxy": {"base", "expert", "anti", "alpha"},
 }
+_REQUIRED: Mapping[str, set[str]] = {
+    "network": {"path"}, "classifier": {"path"}, "remote": {"endpoint", "model"}, "two-stage": {"student", "teacher"},
+    "shunt": {"small", "large"}, "route": {"small", "large"}, "ensemble": {"models"}, "proxy": {"base", "expert", "anti"},
+}  # fmt: skip
 _PARTS = {"small", "large", "base", "expert", "anti", "models", "model", "hinted_by", "student", "teacher", "features"}
 
 
@@ -115,14 +119,14 @@ def load_recipe(path: Path, tools: Sequence[str] = ()) -> Recipe:
         kind = _keyed(spec, where).get("kind")
         if kind not in _KINDS and kind not in tools:
             raise CollabError(f"{where}: no kind {kind!r}; there are {', '.join([*_KINDS, *tools])}")
-        _keyed(spec, where, {"kind", *_KINDS.get(str(kind), set())})
+        _required(where, str(kind), _keyed(spec, where, {"kind", *_KINDS.get(str(kind), set())}))
         _known(where, [spec[key] for key in ("hinted_by", "student", "teacher") if key in spec], names)
     for name, spec in systems.items():
         where = f"{path}, system {name!r}"
         if len(_keyed(spec, where)) != 1 or next(iter(spec)) not in _SYSTEMS:
             raise CollabError(f"{where}: has to be one of {', '.join(_SYSTEMS)}, with its settings")
         kind, settings = next(iter(spec.items()))
-        settings = _keyed(settings, where, _SYSTEMS[kind])
+        settings = _required(where, kind, _keyed(settings, where, _SYSTEMS[kind]))
         parts = settings.get("models") or [
             settings.get(key) for key in ("small", "large", "base", "expert", "anti") if key in _SYSTEMS[kind]
         ]
@@ -134,6 +138,12 @@ def load_recipe(path: Path, tools: Sequence[str] = ()) -> Recipe:
         str(raw.get("name") or path.stem), models, systems, dict(raw.get("data") or {}),
         (pair["small"], pair["large"]) if pair else None, str(raw.get("note") or ""),
     )  # fmt: skip
+
+
+def _required(where: str, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
+    if missing := sorted(_REQUIRED.get(kind, set()) - settings.keys()):
+        raise CollabError(f"{where}: {kind} needs {', '.join(missing)}")
+    return settings
 
 
 def _known(where: str, wanted: Sequence[Any], names: Any) -> None:
@@ -332,10 +342,13 @@ class Builder:
             if self.task is None and path is not None and path.is_file():
                 return load_router(path, features)
             task = self._needs_task(name, "learns a router")
-            small_M1, large_M1 = (self._quality(settings[part], task.tuning)[:, None] for part in ("small", "large"))
-            drafts = ask(self.model(settings["small"]), task.tuning, task.verb) if features.reads == "draft" else []
+            answers = [ask(self.model(settings[part]), task.tuning, task.verb) for part in ("small", "large")]
+            fine = [k for k in range(len(task.tuning)) if all(given[k].error is None for given in answers)]
+            learn = [task.tuning[k] for k in fine]
+            small_M1, large_M1 = (qualities(task, learn, [given[k] for k in fine])[:, None] for given in answers)
+            drafts = [answers[0][k] for k in fine] if features.reads == "draft" else []
             options = {"epochs": int(spec.get("epochs", 40)), "seed": task.seed}
-            router = fit_router(kind, features, task.tuning, small_M1, large_M1, drafts=drafts, **options)
+            router = fit_router(kind, features, learn, small_M1, large_M1, drafts=drafts, **options)
             if path is not None:
                 router.save(path)
             return router
@@ -394,6 +407,7 @@ class Builder:
         if spec.get("kind") == "soft":
             return Soft(int(spec.get("top", 3)))
         if spec.get("kind") == "transfer":
+            _known(f"{name}, hint", [spec.get("model")], self.recipe.models.keys() | self.recipe.systems.keys())
             own = {key: spec[key] for key in ("question", "template") if key in spec}
             return Transfer(self.model(spec["model"]), **own)
         if spec.get("kind") != "hard":

@@ -31,6 +31,7 @@ from .distill import Distiller, Targets
 from .gates import Confidence, Floats
 from .single import Single
 
+_PIECE = 16  # requests whose state is read at once
 Form = Literal["deterministic", "probabilistic", "transformed"]
 
 
@@ -146,21 +147,24 @@ class PooledState:
         self.reads: Literal["request"] = "request"
 
     def __call__(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> tuple[Tensor, list[Usage]]:
+        pieces = [self._piece(requests[at : at + _PIECE]) for at in range(0, len(requests), _PIECE)]
+        return torch.cat([rows for rows, _ in pieces]), [bill for _, bills in pieces for bill in bills]
+
+    def _piece(self, requests: Sequence[Request]) -> tuple[Tensor, list[Usage]]:
         batch = self.model.processor.encode_requests(requests).to(self.model.network.device)
         caught: list[Tensor] = []
-        hook = self.model.network.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-        try:
-            with torch.inference_mode():
+        head = self.model.network.get_output_embeddings()
+        with self.model.lock, torch.inference_mode():  # nobody else's states come through the hook
+            hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+            try:
                 self.model.network(**batch)
-        finally:
-            hook.remove()
+            finally:
+                hook.remove()
         mask_BT1 = batch["attention_mask"][:, :, None]
-        pooled_MF = (caught[0] * mask_BT1).sum(1) / mask_BT1.sum(1)
-        flops = 2.0 * self.model.parameters
-        tokens = batch["attention_mask"].sum(1).tolist()
-        return F.normalize(pooled_MF.float().cpu(), dim=1), [
-            Usage(1, len(r.images), n, 0, flops * n) for r, n in zip(requests, tokens, strict=True)
-        ]
+        pooled_BF = (caught[0] * mask_BT1).sum(1) / mask_BT1.sum(1)
+        tokens, flops = batch["attention_mask"].sum(1).tolist(), 2.0 * self.model.parameters
+        bills = [Usage(1, len(r.images), n, 0, flops * n) for r, n in zip(requests, tokens, strict=True)]
+        return F.normalize(pooled_BF.float().cpu(), dim=1), bills
 
 
 class Router:

@@ -36,7 +36,7 @@ class Single:
         self.processor = processor
         self.name = name
         self.parameters = sum(p.numel() for p in network.parameters())
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Answers in order. If the batch as a whole can't be encoded, requests are tried one by one, so that only bad ones fail."""
@@ -45,14 +45,14 @@ class Single:
         except (ValueError, OSError) as error:
             if len(requests) == 1:
                 return [Answer("", model=self.name, error=f"{type(error).__name__}: {error}")]
-            return [answer for request in requests for answer in self.generate([request])]
-        with self._lock:
+            return [answer for request in requests for answer in Single.generate(self, [request])]  # not a subclass's, which bills again
+        with self.lock:
             return self._answer(requests, batch)
 
     def answer_logits(self, request: Request, answers: Sequence[str]) -> AnswerLogits:
         """See `types.TokenModel`. Raises SampleError or OSError for a request that can't be encoded."""
         batch = self.processor.encode_answers(request, answers).to(self.network.device)
-        with torch.inference_mode(), self._lock:
+        with torch.inference_mode(), self.lock:
             logits_NTV = self.network(**{key: value for key, value in batch.items() if key != "labels"}).logits[:, :-1]
         own_NT = _last_answer(batch["labels"][:, 1:])
         pairs = [(logits_NTV[k][own_NT[k]].float(), batch["labels"][k, 1:][own_NT[k]]) for k in range(len(answers))]

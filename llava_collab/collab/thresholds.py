@@ -93,5 +93,7 @@ def sweep(confidence_M: Floats, small_M: Floats, large_M: Floats) -> tuple[Float
     gained = np.concatenate([[0.0], np.cumsum(large_M[order] - small_M[order])])
     cuts = np.flatnonzero(np.concatenate([[True], sorted_M[1:] > sorted_M[:-1], [True]]))  # how many items are below each threshold
     values = np.append(sorted_M, ALL_LARGE)[cuts]
-    values[0] = min(0.0, values[0])  # all-small, whatever comes
+    if np.isneginf(sorted_M[0]):  # of failed drafts: no threshold lets the small model answer them
+        cuts, values = cuts[1:], values[1:]
+    values[0] = values[0] if values[0] == ALL_LARGE else min(0.0, values[0])  # all-small, whatever comes
     return values, cuts / len(sorted_M), (small_M.sum() + gained[cuts]) / len(sorted_M)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava_collab.collab.thresholds import sweep
-from llava_collab.evaluation.statistics import RESAMPLES, Interval
+from llava_collab.evaluation.statistics import Interval, draws
 
 Floats = NDArray[np.float64]
 
@@ -32,19 +32,24 @@ class Curve:
     def large(self) -> float:
         return float(self.qualities[-1])
 
-    def apgr(self) -> float | None:
-        """Area between the curve and the small model's line over the area between the two models (RouteLLM), by trapezoids. None without a
-        gap."""
-        gap = self.large - self.small
-        return float(np.trapezoid(self.qualities - self.small, self.shares) / gap) if gap > 0 else None
+    def apgr(self, small: float | None = None, large: float | None = None) -> float | None:
+        """Area between the curve and the small model's line over the area between the two models (RouteLLM), by trapezoids.
 
-    def cpt(self, part: float) -> float | None:
-        """Call-performance threshold (RouteLLM): the least share of large calls that closes `part` of the gap; None without a gap."""
-        gap = self.large - self.small
-        if gap <= 0:
-            return None
-        reached = np.flatnonzero(self.qualities >= self.small + part * gap - 1e-12)
-        return float(self.shares[reached].min())
+        `small`, `large`: qualities that every system of a table is measured against (default: the curve's own ends). None without a gap.
+        """
+        small, gap = self._gap(small, large)
+        return float(np.trapezoid(self.qualities - small, self.shares) / gap) if gap > 0 else None
+
+    def cpt(self, part: float, small: float | None = None, large: float | None = None) -> float | None:
+        """Call-performance threshold (RouteLLM): the least share of large calls that closes `part` of the gap; None without a gap, or where
+        it is never closed so far."""
+        small, gap = self._gap(small, large)
+        reached = np.flatnonzero(self.qualities >= small + part * gap - 1e-12)
+        return float(self.shares[reached].min()) if gap > 0 and len(reached) else None
+
+    def _gap(self, small: float | None, large: float | None) -> tuple[float, float]:
+        small = self.small if small is None else small
+        return small, (self.large if large is None else large) - small
 
     def at_share(self, share: float) -> float:
         """Quality at a share of large calls, between two operating points by the mixture of both."""
@@ -62,21 +67,15 @@ def pgr(system_M: Floats, small_M: Floats, large_M: Floats, *, seed: int = 0, le
     Several seeds: [seeds, M], resampled too. None, and nobody should print it, where the interval of the gap itself covers 0 (or the large
     model is the worse one): the ratio would be of noise.
     """
-    rng = np.random.default_rng([seed, system_M.shape[-1]])
     rows = [np.atleast_2d(np.asarray(values, dtype=float)) for values in (system_M, small_M, large_M)]
-    seeds, items = max(len(row) for row in rows), rows[0].shape[1]
-    rows = [np.broadcast_to(row, (seeds, items)) for row in rows]
-    draws = np.empty((RESAMPLES, 3))
-    for k in range(RESAMPLES):
-        which, at = rng.integers(0, seeds, seeds), rng.integers(0, items, items)
-        draws[k] = [row[np.ix_(which, at)].mean() for row in rows]
+    system, small, large = draws(rows, seed=seed)  # the same seeds and items for all three
     tails = [50 * (1 - level), 50 * (1 + level)]
-    if np.percentile(draws[:, 2] - draws[:, 1], tails[0]) <= 0:
+    if np.percentile(large - small, tails[0]) <= 0:
         return None
-    ratios = (draws[:, 0] - draws[:, 1]) / (draws[:, 2] - draws[:, 1])
+    ratios = (system - small) / (large - small)
     means = [float(row.mean()) for row in rows]
     low, high = np.percentile(ratios, tails)
-    return Interval((means[0] - means[1]) / (means[2] - means[1]), float(low), float(high), items, float(ratios.std()))
+    return Interval((means[0] - means[1]) / (means[2] - means[1]), float(low), float(high), rows[0].shape[1], float(ratios.std()))
 
 
 def calibration_error(confidence_M: Floats, right_M: Floats, bins: int = 10) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +65,12 @@ def ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64], *, s
     """Ratio of the means of two scores of the same items, both [n], with its paired bootstrap interval. Denominators are positive."""
     top, bottom = (_resampled_means(np.atleast_2d(values), "ratio", seed, RESAMPLES) for values in (numerator, denominator))
     return _interval(float(np.mean(numerator) / np.mean(denominator)), top / bottom, [50 * (1 - level), 50 * (1 + level)], len(numerator))
+
+
+def draws(rows: Sequence[NDArray[np.float64]], *, seed: int = 0, name: str = "draws") -> list[NDArray[np.float64]]:
+    """Bootstrap means [RESAMPLES] of several scores of the same items, [n] or [seeds, n] each, over the same draws of seeds and items."""
+    full = np.broadcast_arrays(*(np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in rows))
+    return [_resampled_means(values, name, seed, RESAMPLES) for values in full]
 
 
 def mcnemar(better: int, worse: int) -> float:

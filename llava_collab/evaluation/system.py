@@ -9,6 +9,7 @@ Every figure is computed from these files. Scores are in [0, 100], as in all rec
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from llava_collab.evaluation import curves
 from llava_collab.evaluation.evaluator import prompt_text, trace
 from llava_collab.evaluation.records import RECORDS, Row, read_rows, write_rows
 from llava_collab.evaluation.report import Table
-from llava_collab.evaluation.statistics import MACRO, Interval, bootstrap
+from llava_collab.evaluation.statistics import MACRO, Interval, bootstrap, draws
 from llava_collab.files import read_json, write_json
 from llava_collab.types import Answer, Request
 
@@ -137,11 +138,14 @@ class System:
         return curves.auroc(confidence, right), curves.calibration_error(np.clip(confidence, 0, 1), right)
 
 
-def read_systems(run: Path, names: Sequence[str] = ()) -> list[System]:
-    """The systems in a run's folders, in the order in which they were measured. Raises CollabError for none, or unequal requests."""
-    seeds = sorted(run.glob("seed-*"))
+def read_systems(run: Path, names: Sequence[str] = (), seeds: Sequence[int] | None = None) -> list[System]:
+    """The systems in a run's folders, of these seeds (default: all), in the order of `names`.
+
+    Raises CollabError for none, and for systems that were measured on unequal requests or by unequal recipes.
+    """
+    folders = sorted(run.glob("seed-*")) if seeds is None else [run / f"seed-{seed}" for seed in seeds]
     found: dict[str, list[tuple[list[Row], Mapping[str, Any], Mapping[str, Any] | None]]] = defaultdict(list)
-    for seed in seeds:
+    for seed in folders:
         for path in sorted((seed / "systems").glob(f"*/{RECORDS}*"), key=lambda path: path.parent.name):
             folder = path.parent
             about = read_json(folder / SYSTEM)
@@ -154,6 +158,9 @@ def read_systems(run: Path, names: Sequence[str] = ()) -> list[System]:
     ids = {tuple(row["sample_id"] for row in rows) for system in systems for rows in system.seeds}
     if len(ids) > 1 or len({len(system.seeds) for system in systems}) > 1:
         raise CollabError(f"{run}: systems were measured on different requests or seeds; run eval/system.py again")
+    for system in systems:
+        if len({json.dumps(about["spec"], sort_keys=True) for about in system.about}) > 1:
+            raise CollabError(f"{run}: {system.name!r} was measured by different recipes; run eval/system.py again for all seeds")
     return systems
 
 
@@ -171,7 +178,8 @@ def system_table(systems: Sequence[System], pair: tuple[str, str] | None) -> Tab
         figures |= {"GFLOPs": system.mean("flops") / 1e9, "price": system.mean("price")}
         figures |= {"ms p50": 1e3 * system.latency(50), "ms p95": 1e3 * system.latency(95)}
         if (curve := system.curve()) is not None:
-            figures |= {"APGR": curve.apgr(), "CPT 50": curve.cpt(0.5), "CPT 80": curve.cpt(0.8)}
+            ends = [float(other.flat.mean()) if other else None for other in (small, large)]
+            figures |= {"APGR": curve.apgr(*ends), "CPT 50": curve.cpt(0.5, *ends), "CPT 80": curve.cpt(0.8, *ends)}
             figures["AUROC"], figures["ECE"] = system.gate()
         plain += [_figure(system.name, name, value) for name, value in figures.items() if value is not None]
     cells = {(row["model"], row["figure"]): row for row in plain}
@@ -220,21 +228,17 @@ def domain_table(systems: Sequence[System], small: str, sure: float = 0.9) -> Ta
     if own is None or not all("choice_scores" in row for rows in own.seeds for row in rows):
         return None
     domains = [{row["sample_id"] for row in rows if max(row["choice_scores"]) >= sure} for rows in own.seeds]
-    before = [{row["sample_id"]: row["score"] or 0.0 for row in rows} for rows in own.seeds]
     lines, plain = [], []
     for system in systems:
         figures: dict[str, float | Interval] = {}
         for name, inside in (("own domain", True), ("elsewhere", False)):
-            triples = [
-                (row["score"] or 0.0, score[row["sample_id"]])
-                for rows, ids, score in zip(system.seeds, domains, before, strict=True)
-                for row in rows
-                if (row["sample_id"] in ids) == inside
-            ]
-            if triples:
-                scores_N2 = np.array(triples)
-                figures[name] = float(scores_N2[:, 0].mean())
-                figures[f"{name}, minus before"] = bootstrap({name: scores_N2[:, 0] - scores_N2[:, 1]})[name]
+            mask_SN = np.array(
+                [[(row["sample_id"] in ids) == inside for row in rows] for rows, ids in zip(system.seeds, domains, strict=True)]
+            )
+            score_SN, before_SN = (np.array([[row["score"] or 0.0 for row in rows] for rows in of.seeds]) for of in (system, own))
+            if mask_SN.any():
+                figures[name] = float(score_SN[mask_SN].mean())
+                figures[f"{name}, minus before"] = masked(score_SN - before_SN, mask_SN)
         plain += [_figure(system.name, name, value) for name, value in figures.items()]
         cells = [f"{v.mean:+.2f} [{v.low:+.2f}, {v.high:+.2f}]" if isinstance(v, Interval) else f"{v:.2f}" for v in figures.values()]
         lines.append([system.name, *cells])
@@ -242,6 +246,14 @@ def domain_table(systems: Sequence[System], small: str, sure: float = 0.9) -> Ta
     title = f"Quality on {small}'s own domain (it is sure, at {sure:g} or above: {share:.1%} of the requests) and elsewhere"
     header = ["System", "own domain", f"minus {small}", "elsewhere", f"minus {small}"]
     return Table(title, header, lines, plain)
+
+
+def masked(values_SN: Floats, mask_SN: NDArray[np.bool_]) -> Interval:
+    """Mean over the marked places, with its interval over items and seeds: items are drawn whole, with all the seeds they are marked in."""
+    total, count = draws([np.where(mask_SN, values_SN, 0.0), mask_SN.astype(float)])
+    ratios = total / np.maximum(count, 1e-9)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Interval(float(values_SN[mask_SN].mean()), float(low), float(high), values_SN.shape[1], float(ratios.std()))
 
 
 def advantage_table(systems: Sequence[System], pair: tuple[str, str] | None) -> Table:
@@ -261,7 +273,7 @@ def advantage_table(systems: Sequence[System], pair: tuple[str, str] | None) -> 
         lines.append([system.name, *(f"{value:.1f}" for value in figures.values()), chosen["rule"] if chosen else "fixed"])
         plain += [{"model": system.name, "category": MACRO, "figure": name, "value": value} for name, value in figures.items()]
     names = [f"drop % at {a:.0%} advantage" for a in (0.1, 0.2, 0.4)]
-    header = ["System", *names, "cost advantage %", "its drop %", "threshold, on validation data"]
+    header = ["System", *names, "cost advantage %", "its drop %", "threshold"]
     return Table("Drop against the large model (share of its quality) for calls saved", header, lines, plain)
 
 
