@@ -212,3 +212,16 @@ def test_a_prior_weighs_the_choices_of_the_large_model() -> None:
         assert answer.scores == pytest.approx([p / sum(products) for p in products])
     off = Shunt(small, large, Confidence(), 0.95, prior=0.0).score(REQUESTS)
     assert [answer.scores for answer in off] == [LARGE[request.id] for request in REQUESTS]
+
+
+def test_transferred_results_are_of_the_same_pictures_and_guesses_are_not_told() -> None:
+    class Reader(Known):
+        def generate(self, requests: Sequence[Request]) -> list[Answer]:
+            self.seen += requests
+            return [Answer("42", Usage(1), self.name, likelihood=float(request.id == "a")) for request in requests]
+
+    reader = Reader("reader", SURE)
+    asked = [replace(REQUESTS[k], turns=(Turn("user", "<image>\nWhich colour?"),), images=("x.png",)) for k in (0, 1)]
+    told, helpers = Transfer(reader, "What is written there?")(asked, [])
+    assert [request.text for request in reader.seen] == ["<image>\nWhat is written there?"] * 2 and len(helpers) == 2
+    assert told[0].text == "<image>\nWhich colour?\nKnown from a small model: 42." and told[1] == asked[1]

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..data.conversation import IMAGE_MARK
 from ..types import Answer, Model, Request
 from .asking import ask
 from .gates import Floats
@@ -86,7 +87,9 @@ class Transfer:
     name: str = "transfer"
 
     def __call__(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> tuple[list[Request], list[Answer]]:
-        asked = [request.asking(self.question) if self.question else request for request in requests]
+        asked = requests
+        if self.question:  # about the same pictures, so with their marks
+            asked = [r.asking(f"{IMAGE_MARK}\n" * r.text.count(IMAGE_MARK) + self.question) for r in requests]
         results = ask(self.model, asked)
         told = []
         for request, result in zip(requests, results, strict=True):
