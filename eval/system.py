@@ -16,7 +16,8 @@ from pathlib import Path
 
 import tyro
 
-from llava_collab.collab.recipe import Builder, CollabError, Recipe, load_recipe
+from llava_collab.collab.builder import Builder
+from llava_collab.collab.recipe import CollabError, Recipe, load_recipe
 from llava_collab.evaluation.environment import environment
 from llava_collab.evaluation.report import csv_text
 from llava_collab.evaluation.system import advantage_table, asked_table, domain_table, measure, plot_systems, read_systems, system_table

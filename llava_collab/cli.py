@@ -107,7 +107,8 @@ class Ask:
         return 0
 
     def _model(self) -> Any:
-        from .collab.recipe import Builder, load_recipe
+        from .collab.builder import Builder
+        from .collab.recipe import load_recipe
         from .collab.single import Single
 
         if self.model.suffix not in (".yaml", ".yml"):

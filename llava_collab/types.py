@@ -112,8 +112,8 @@ class ScoringModel(Model, Protocol):
     """A model that can weigh the choices of a request against each other."""
 
     def score(self, requests: Sequence[Request]) -> list[Answer]:
-        """As `generate`, with `scores` over each request's choices and the likeliest of them as the text. Raises ValueError for a request
-        without choices."""
+        """As `generate`, with one of each request's choices as the text, and `scores` over them (None of a model that can only name one).
+        Raises ValueError for a request without choices."""
         ...
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,15 @@ import torch
 from PIL import Image
 from transformers import LlamaForCausalLM
 
+from llava_collab.collab.compose import Route, Shunt
+from llava_collab.collab.gates import Confidence
 from llava_collab.collab.proxy import Proxy
+from llava_collab.collab.router import PooledState, Router
 from llava_collab.collab.single import ChatProcessor, Single, open_single
 from llava_collab.data.conversation import TEMPLATES
 from llava_collab.models.build import ModelSpec, build
 from llava_collab.models.tiny import tiny_decoder, tiny_tokenizer
-from llava_collab.types import Request, TokenModel, Turn
+from llava_collab.types import Request, TokenModel, Turn, Usage
 
 CHOICES = ("red", "left", "a cat")
 
@@ -149,3 +154,22 @@ def test_any_model_of_transformers_opens(tmp_path: Path) -> None:
     same(open_single(str(tmp_path / "vision"), "again"), vision, requests(images=True))
     answer = open_single(str(tmp_path / "text"), "text").generate(requests(images=True)[:1])[0]
     assert "reads text only" in str(answer.error)
+
+
+def test_threads_get_the_answers_and_bills_of_one_caller(three: tuple[list[Single], list[Request]]) -> None:
+    """Real networks under a shunt whose large model is a route between a proxy of all three and one of them, 32 requests at once."""
+    (small, expert, base), asked = three
+    features = PooledState(small)
+    router = Router(features, torch.linspace(-9, 9, features.size), 0.0)
+    large = Route(expert, Proxy(base, expert, small, 0.7), router, 0.5, "route")
+    everyone = [replace(asked[k % 3], id=f"r{k}", turns=(Turn("user", f"{asked[k % 3].text} {k}"),)) for k in range(32)]
+    sure = sorted(answer.likelihood or 0.0 for answer in small.generate(everyone))
+    composite = Shunt(small, large, Confidence(), sure[16], "shunt")
+    alone = [composite.generate([request])[0] for request in everyone]
+    with ThreadPoolExecutor(32) as pool:
+        together = [answers[0] for answers in pool.map(lambda request: composite.generate([request]), everyone)]
+    for one, other in zip(alone, together, strict=True):
+        assert (one.text, one.by, one.confidence) == (other.text, other.by, other.confidence)
+        assert replace(one.usage, seconds=0.0) == replace(other.usage, seconds=0.0)
+        assert other.usage == sum((part.usage for part in other.parts), Usage())
+    assert len({answer.by for answer in alone}) == 3  # the small model alone, and both ways of the route

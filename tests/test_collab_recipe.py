@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,11 @@ import pytest
 import yaml
 from running import ROOT
 
-from llava_collab.collab.recipe import Builder, CollabError, Task, load_recipe
+from llava_collab.collab.asking import ask
+from llava_collab.collab.builder import Builder
+from llava_collab.collab.recipe import CollabError, Task, load_recipe
 from llava_collab.collab.recorded import Recorded
+from llava_collab.evaluation.records import read_rows
 from llava_collab.evaluation.system import advantage_table, asked_table, domain_table, measure, plot_systems, read_systems, system_table
 from llava_collab.evaluation.tools import TOOLS
 from llava_collab.types import Answer, Request, Turn, Usage
@@ -196,7 +200,7 @@ def test_what_was_found_serves_without_the_data_and_refuses_another_model(measur
         models={"small": {"kind": "fixed"}, "large": {"kind": "fixed"}},
         systems={"DS": {"shunt": {"small": "small", "large": "large", "threshold": {"share": 0.4}}}},
     )
-    with pytest.raises(ValueError, match="chosen for something else"):
+    with pytest.raises(ValueError, match="measured with other settings"):
         Builder(simple, folder=measured / "seed-0", tools={"fixed": made["naive-bayes"]}).model("DS")
     assert stored["rule"].startswith("best quality at a share")
 
@@ -228,6 +232,40 @@ def test_answers_are_kept_and_a_cut_line_is_asked_again(tmp_path: Path) -> None:
     path.write_text("[]\n")
     with pytest.raises(ValueError, match="no kept answer"):
         Recorded(Echo(), path, "v1")
+
+
+def test_a_disk_that_is_full_is_no_samples_fault(tmp_path: Path) -> None:
+    class Echo:
+        name = "echo"
+
+        def generate(self, requests: Sequence[Request]) -> list[Answer]:
+            return [Answer(request.text, Usage(1), "echo") for request in requests]
+
+    (tmp_path / "file").write_text("")
+    model = Recorded(Echo(), tmp_path / "file" / "echo.jsonl", "v1")  # a folder that can't be
+    with pytest.raises(RuntimeError, match="answers can't be kept"):
+        ask(model, [Request(name, (Turn("user", name),)) for name in ("a", "b")])
+
+
+def test_leaves_temperatures_and_hints_serve_without_the_data(measured: Path) -> None:
+    recipe, own = load_recipe(measured / "recipe.yaml"), task()
+    for name in ("small", "taught", "DS", "hard", "prior", "learned"):
+        fresh = Builder(recipe, folder=measured / "seed-0", keep_answers=False).model(name)
+        rows = read_rows(measured / "seed-0" / "systems" / name)
+        assert [answer.text for answer in ask(fresh, own.test, "score")] == [row["output"] for row in rows], name
+    changed = replace(recipe, models=dict(recipe.models) | {"small": {"kind": "naive-bayes", "words": 7}})
+    with pytest.raises(ValueError, match="measured with other settings"):
+        Builder(changed, folder=measured / "seed-0").model("small")
+
+
+def test_a_threshold_is_of_what_its_gate_and_hint_learnt(measured: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(measured / "recipe.yaml")
+    for name, found in (("DS", {"temperature": 9.0}), ("hard", {"strong": ["cat"]}), ("prior", {"prior": 0.77})):
+        folder = tmp_path / name
+        shutil.copytree(measured / "seed-0", folder)
+        (folder / "found" / f"{name}.json").write_text(json.dumps(found))
+        with pytest.raises(ValueError, match="chosen for something else"):
+            Builder(recipe, folder=folder).model(name)
 
 
 def test_a_stored_system_answers_without_its_data(measured: Path, tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from PIL import Image
 from test_collab_compose import SURE, Known
 from test_evaluation_judge import Server, verdict
 
-from llava_collab.collab.compose import Shunt
+from llava_collab.collab.compose import Ensemble, Shunt
 from llava_collab.collab.endpoint import REMOTE_KEY, Client, EndpointError
 from llava_collab.collab.gates import Confidence, Random
 from llava_collab.collab.remote import Remote
-from llava_collab.types import Model, Request, ScoringModel, Turn
+from llava_collab.types import Request, ScoringModel, Turn
 
 
 @pytest.fixture
@@ -98,8 +98,25 @@ def test_many_requests_at_once_keep_their_order(server: Server) -> None:
     assert [answer.text for answer in remote(server.url, parallel=32).generate(asked)] == [str(k) for k in range(32)]
 
 
-def test_it_scores_nothing() -> None:
-    model = remote("http://127.0.0.1:9/v1")
-    assert isinstance(model, Model) and not isinstance(model, ScoringModel)
-    with pytest.raises(ValueError, match="remote gives no probabilities"):
-        Shunt(Known("small", SURE), model, Confidence(), 2.0).score([ask("a", choices=("red", "green", "blue"))])
+def test_it_names_choices_and_gives_no_probabilities(server: Server) -> None:
+    """So it can be the large model of a classification; a gate that would read its scores says that there are none."""
+    server.behave = lambda n, prompt: verdict({"a": "Green.", "b": "red or blue", "c": "none"}[prompt.split("?")[0][-1]])  # type: ignore[assignment]
+    model, choices = remote(server.url), ("red", "green", "blue")
+    assert isinstance(model, ScoringModel)
+    fine, several, none = model.score([ask(name, choices=choices) for name in "abc"])
+    assert fine.text == "green" and fine.scores is None and fine.error is None
+    assert "names 2 of the choices" in str(several.error) and "names 0" in str(none.error) and none.usage.calls == 1
+    small = Known("small", SURE)
+    assert Shunt(small, model, Confidence(), 2.0).score([ask("a", choices=choices)])[0].text == "green"
+    assert Ensemble((small, model, model)).score([ask("a", choices=choices)])[0].text == "green"
+    with pytest.raises(ValueError, match="remote gave none"):
+        Shunt(model, small, Confidence(), 2.0).score([ask("a", choices=choices)])
+    with pytest.raises(ValueError, match="no choices"):
+        model.score([ask("a")])
+
+
+def test_pictures_in_memory_travel_too(server: Server) -> None:
+    seen: list[object] = []
+    server.behave = lambda n, prompt: seen.append(prompt) or verdict("a square")  # type: ignore[assignment, func-returns-value]
+    request = Request("p", (Turn("user", "look: <image> what?"),), (Image.new("L", (8, 8)),))
+    assert remote(server.url).generate([request])[0].text == "a square"

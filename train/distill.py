@@ -9,6 +9,7 @@ teacher it learns the labelled texts; with one, the teacher's distributions on t
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,13 +19,15 @@ import torch
 import tyro
 
 from llava_collab.collab.asking import ask
+from llava_collab.collab.builder import Builder
 from llava_collab.collab.classifier import UpperBlocks
 from llava_collab.collab.distill import STATE, Distiller, Labeler, Targets
-from llava_collab.collab.recipe import Builder, load_recipe
+from llava_collab.collab.recipe import load_recipe
 from llava_collab.evaluation.environment import environment
 from llava_collab.evaluation.tasks import text_task
 from llava_collab.files import write_json
 from llava_collab.models.bases import is_base, prepare
+from llava_collab.models.build import pick_device
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ class Args:
     teacher: str | None = None
     """Model or system of the recipe whose distributions are learnt."""
 
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+
     save_every: int = 50
     """Steps between two saves that a killed training goes on from."""
 
@@ -87,13 +93,15 @@ def main(args: Args) -> None:
         targets = torch.tensor([choices.index(label) for _, label in task.fit])
     labeler: Labeler = Targets(targets)
     base = prepare(args.base) if is_base(args.base) else Path(args.base)
-    student = UpperBlocks(base, choices, learning=args.learning, tokens=args.tokens, seed=args.seed)
+    student = UpperBlocks(base, choices, learning=args.learning, tokens=args.tokens, seed=args.seed, device=pick_device(args.device))
     print(
         f"{len(requests)} texts of {task.name}, {len(choices)} labels; first the states below the upper {args.learning} blocks", flush=True
     )
     student.keep([request.text for request in requests])
     distiller = Distiller(args.steps, args.batch_size, args.lr, weight_decay=0.01, seed=args.seed, bf16=True)
-    losses = distiller.fit(student, range(len(requests)), labeler, folder=args.out, save_every=args.save_every)
+    learnt = f"{base.name} {args.learning} {args.tokens} {[request.id for request in requests]} {targets.tolist()}"
+    of = hashlib.sha256(learnt.encode()).hexdigest()
+    losses = distiller.fit(student, range(len(requests)), labeler, folder=args.out, save_every=args.save_every, of=of)
     student.save(args.out)
     write_json(args.out / "training.json", environment(arguments={k: str(v) for k, v in asdict(args).items()}, losses=losses))
     (args.out / STATE).unlink(missing_ok=True)

@@ -4,8 +4,9 @@
 
 The records are those of eval/run.py, of both models on the same items; several folders of one model are several sampled answers (in the
 paper 10).
-Half of the items teach the router; what is printed (savings at a quality budget, APGR, CPT) is of the other half. Recipes use the result as
-`gate: {kind: transformed, path: runs/router/router.safetensors}`, and choose its threshold on validation data of their own.
+Half of the items teach the router, a quarter chooses the threshold for a quality budget, and what is printed (calls saved, APGR, CPT) is of
+the last quarter. Recipes use the result as `gate: {kind: transformed, path: runs/router/router.safetensors}`, and choose its threshold on
+validation data of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tyro
 
 from llava_collab.collab.gates import Floats
 from llava_collab.collab.router import Form, HashedText, fit_router, routing_targets
-from llava_collab.collab.thresholds import choose_threshold
+from llava_collab.collab.thresholds import Threshold, choose_threshold
 from llava_collab.data.chance import unit_interval
 from llava_collab.evaluation.curves import auroc, curve
 from llava_collab.evaluation.records import RecordError, read_rows
@@ -45,7 +46,7 @@ class Args:
     wins)."""
 
     drop: float = 0.01
-    """Quality budget of the savings that are printed: the drop against the large model, as a share of its quality."""
+    """Quality budget of the calls saved: the drop against the large model, as a share of its quality."""
 
     epochs: int = 40
     """Passes over the items."""
@@ -62,21 +63,23 @@ def main(args: Args) -> None:
         raise RecordError(f"the folders share {len(shared)} items; evaluate both models on the same split")
     requests = [Request(name, (Turn("user", rows[name]["prompt"]),)) for name in shared]
     small_MR, large_MR = _qualities(args.small, shared), _qualities(args.large, shared)
-    teaches = np.array([unit_interval(f"router {args.seed}|{name}") < 0.5 for name in shared])
-    features = HashedText()
-    learn = [request for request, own in zip(requests, teaches, strict=True) if own]
-    router = fit_router(args.form, features, learn, small_MR[teaches], large_MR[teaches], epochs=args.epochs, seed=args.seed)
-    rest = [request for request, own in zip(requests, teaches, strict=True) if not own]
-    confidence_M, small_M, large_M = np.array(router(rest, [])), small_MR[~teaches].mean(1), large_MR[~teaches].mean(1)
-    of = {"gate": router.name, "small": str(args.small[0]), "large": str(args.large[0]), "hint": "none"}
-    threshold = choose_threshold(confidence_M, small_M, large_M, drop=args.drop, of=of)
+    place_M = np.array([unit_interval(f"router {args.seed}|{name}") for name in shared])
+    teaches, chooses, tells = place_M < 0.5, (place_M >= 0.5) & (place_M < 0.75), place_M >= 0.75
+    if not (teaches.any() and chooses.any() and tells.any()):
+        raise RecordError(f"{len(shared)} items are too few to part into halves and quarters; evaluate more")
+    learn = [requests[k] for k in np.flatnonzero(teaches)]
+    router = fit_router(args.form, HashedText(), learn, small_MR[teaches], large_MR[teaches], epochs=args.epochs, seed=args.seed)
     router.save(args.out / "router.safetensors")
+    confidence_M, small_M, large_M = np.array(router(requests, [])), small_MR.mean(1), large_MR.mean(1)
+    of = {"gate": router.name, "small": str(args.small[0]), "large": str(args.large[0])}
+    threshold = choose_threshold(confidence_M[chooses], small_M[chooses], large_M[chooses], drop=args.drop, of=of)
+    told = Threshold.at(threshold.value, threshold.rule, confidence_M[tells], small_M[tells], large_M[tells], of)
+    found, right = curve(confidence_M[tells], small_M[tells], large_M[tells]), (small_M[tells] >= large_M[tells]).astype(float)
     targets_M, t = routing_targets(args.form, small_MR[teaches], large_MR[teaches])
-    found, right = curve(confidence_M, small_M, large_M), (small_M >= large_M).astype(float)
-    print(f"{args.form} router, {len(learn)} items, t {t:.3g}, mean target {targets_M.mean():.2f}; on {len(rest)} others:")
-    print(f"  small {100 * found.small:.1f}, large {100 * found.large:.1f}, AUROC of 'small will do' {auroc(confidence_M, right)}")
+    print(f"{args.form} router, {len(learn)} items, t {t:.3g}, mean target {targets_M.mean():.2f}; on {tells.sum()} others:")
+    print(f"  small {100 * found.small:.1f}, large {100 * found.large:.1f}, AUROC of 'small will do' {auroc(confidence_M[tells], right)}")
     print(f"  APGR {found.apgr()}, CPT 50 {found.cpt(0.5)}, CPT 80 {found.cpt(0.8)}")
-    print(f"  {threshold.rule}: {1 - threshold.share_large:.1%} of the calls saved at quality {100 * threshold.quality:.1f}")
+    print(f"  {told.rule}, on a third part: {1 - told.share_large:.1%} of the calls saved at quality {100 * told.quality:.1f}")
 
 
 def _qualities(folders: Sequence[Path], names: Sequence[str]) -> Floats:

@@ -79,7 +79,9 @@ class UpperBlocks(nn.Module):
     Inputs are indices of texts, whose states below those blocks are computed once (`keep`) and kept in bfloat16.
     """
 
-    def __init__(self, base: str | Path, labels: Sequence[str], *, learning: int, tokens: int, seed: int = 0) -> None:
+    def __init__(
+        self, base: str | Path, labels: Sequence[str], *, learning: int, tokens: int, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
         super().__init__()
         torch.manual_seed(seed)
         tokenizer: Any = AutoTokenizer.from_pretrained(base)
@@ -95,7 +97,8 @@ class UpperBlocks(nn.Module):
         self.network.requires_grad_(False)
         for part in (blocks[len(blocks) - learning :], self.network.model.norm, self.network.score):
             part.requires_grad_(True)
-        self._lower, self._learning = len(blocks) - learning, learning
+        self._lower = len(blocks) - learning
+        self.to(device)
         self._states: list[Tensor] = []
 
     @torch.inference_mode()
@@ -110,13 +113,13 @@ class UpperBlocks(nn.Module):
                 rows = order[at : at + batch_size]
                 batch = encode(self.tokenizer, [texts[k] for k in rows], self.tokens)
                 caught.clear()
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast(self.network.device.type, torch.bfloat16):
                     try:
-                        self.network.model(**batch, use_cache=False)
+                        self.network.model(**{key: value.to(self.network.device) for key, value in batch.items()}, use_cache=False)
                     except _Enough:
                         pass
                 for row, state_TD, mask_T in zip(rows, caught[0], batch["attention_mask"], strict=True):
-                    kept[row] = state_TD[mask_T.bool()].to(torch.bfloat16).clone()
+                    kept[row] = state_TD.cpu()[mask_T.bool()].to(torch.bfloat16).clone()
         finally:
             hook.remove()
         self._states = [kept[k] for k in range(len(texts))]
@@ -132,7 +135,8 @@ class UpperBlocks(nn.Module):
         whole = self.network.model.layers
         self.network.model.layers = whole[self._lower :]
         try:  # the upper blocks are a smaller decoder, whose embeddings are the kept states
-            return self.network(inputs_embeds=x_BTD, attention_mask=mask_BT, use_cache=False).logits
+            device = self.network.device
+            return self.network(inputs_embeds=x_BTD.to(device), attention_mask=mask_BT.to(device), use_cache=False).logits
         finally:
             self.network.model.layers = whole
 

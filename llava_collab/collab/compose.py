@@ -130,8 +130,8 @@ class Route(_Pair):
 
 @dataclass(frozen=True)
 class Ensemble:
-    """All models answer. `score`: the mean of their distributions. `generate`: the text that most of them give; of several, the one whose
-    first giver comes first. A model that fails is left out, as long as one answers."""
+    """All models answer. `score`: the mean of their distributions, if all give one. Else, and in `generate`: the text that most of them
+    give; of several, the one whose first giver comes first. A model that fails is left out, as long as one answers."""
 
     models: tuple[Model, ...]
     name: str = "ensemble"
@@ -161,6 +161,8 @@ def _voted(answers: Sequence[Answer]) -> Answer:
 
 def _averaged(request: Request, answers: Sequence[Answer]) -> Answer:
     rows = [answer.scores for answer in answers if answer.scores is not None]
+    if len(rows) < len(answers):  # one of them can only name a choice
+        return _voted(answers)
     scores = tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))
     best = max(range(len(scores)), key=lambda k: scores[k])
     return Answer(request.choices[best], model=" + ".join(answer.model for answer in answers), scores=scores)

@@ -37,7 +37,8 @@ STATE = "distil.safetensors"
 @dataclass(frozen=True)
 class Positions:
     """What a labeler sees of a batch: its inputs [B], which row each position belongs to, int64 [S], the student's logits [S,C] without
-    gradient, the tokens that stand there, int64 [S] (None for a classifier), and how far the training is, from 0 to 1."""
+    gradient (on its device; all else is on the CPU), the tokens that stand there, int64 [S] (None for a classifier), and how far the
+    training is, from 0 to 1."""
 
     inputs: Sequence[Any]
     rows_S: Tensor
@@ -106,7 +107,7 @@ class WeakToStrong:
     def __call__(self, at: Positions) -> tuple[Tensor, Tensor]:
         weak_SC, a = self.weak_MC[at.rows_S], self.mixed(at.progress)
         if a > 0.0:
-            own_S = harden(at.logits_SC, self.weak_MC.mean(0))
+            own_S = harden(at.logits_SC.cpu(), self.weak_MC.mean(0))
             weak_SC = (1 - a) * weak_SC + a * F.one_hot(own_S, weak_SC.shape[1]).to(weak_SC)
         return weak_SC, torch.ones(len(at.rows_S))
 
@@ -145,10 +146,11 @@ class TeacherTokens:
 
     def __call__(self, at: Positions) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            soft_SC = (self.teacher(at.inputs).float() / self.temperature).softmax(-1).cpu()
+            soft_SC = (self.teacher(at.inputs).float() / self.temperature).softmax(-1).to(at.logits_SC.device)
         if at.tokens_S is None or soft_SC.shape != at.logits_SC.shape:
             raise ValueError(f"teacher and student have to share a vocabulary, theirs are {soft_SC.shape[1]} and {at.logits_SC.shape[1]}")
-        return self.share * soft_SC + (1 - self.share) * F.one_hot(at.tokens_S, soft_SC.shape[1]), torch.ones(len(at.rows_S))
+        own_SC = F.one_hot(at.tokens_S.to(soft_SC.device), soft_SC.shape[1])
+        return self.share * soft_SC + (1 - self.share) * own_SC, torch.ones(len(at.rows_S))
 
 
 class TokenStudent(torch.nn.Module):
@@ -200,18 +202,20 @@ class Distiller:
         *,
         folder: Path | None = None,
         save_every: int = 0,
+        of: str = "",
         quiet: bool = False,
     ) -> list[float]:
         """Train `student` in place on `inputs` [M]; the losses of all steps.
 
-        With `folder` and `save_every` (steps), the same call after a kill goes on from the last save, to the same result. Raises ValueError
-        for no inputs, for a folder of another training, and for a loss that is not finite, with step and rows, before the update.
+        With `folder` and `save_every` (steps), the same call after a kill goes on from the last save, to the same result; `of` tells apart
+        what the settings here do not: data, teacher, base. Raises ValueError for no inputs, for a folder of another training, and for a
+        loss that is not finite, with step and rows, before the update.
         """
         if not inputs:
             raise ValueError("nothing to learn from: no rows")
         parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, weight_decay=self.weight_decay)
-        losses = self._resume(folder, parameters, optimizer) if folder is not None and save_every else []
+        losses = self._resume(folder, parameters, optimizer, of) if folder is not None and save_every else []
         student.train()
         with tqdm(total=self.steps, initial=len(losses), desc="distil", unit="step", disable=quiet) as bar:
             for step in range(len(losses), self.steps):
@@ -221,7 +225,7 @@ class Distiller:
                 bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
                 bar.update()
                 if folder is not None and save_every and (step + 1) % save_every == 0:
-                    self._save(folder, parameters, optimizer, losses)
+                    self._save(folder, parameters, optimizer, losses, of)
         student.eval()
         return losses
 
@@ -237,7 +241,7 @@ class Distiller:
         at_S, tokens_S = student.positions(batch) if isinstance(student, TokenStudent) else (torch.arange(len(batch)), None)
         if len(at_S) != len(logits_SC):
             raise ValueError(f"the student gave {len(logits_SC)} rows of logits for {len(at_S)} positions")
-        at = Positions(batch, rows_B[at_S], logits_SC.detach().cpu(), tokens_S, step / max(1, self.steps - 1))
+        at = Positions(batch, rows_B[at_S], logits_SC.detach(), tokens_S, step / max(1, self.steps - 1))
         targets, weights_S = (value.to(logits_SC.device) for value in labeler(at))
         total = weights_S.sum()
         losses_S = F.cross_entropy(logits_SC, targets.to(logits_SC.dtype) if targets.is_floating_point() else targets, reduction="none")
@@ -251,14 +255,16 @@ class Distiller:
         optimizer.step()
         return float(loss.detach())
 
-    def _save(self, folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
+    def _save(
+        self, folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, losses: list[float], of: str
+    ) -> None:
         """One file, so that a kill leaves the old one or the new one."""
         tensors = {f"parameter.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
         for name, p in parameters.items():
             tensors |= {f"{key}.{name}": torch.as_tensor(value).detach().cpu().contiguous() for key, value in optimizer.state[p].items()}
-        write_bytes(folder / STATE, save(tensors, {"distiller": json.dumps(asdict(self)), "losses": json.dumps(losses)}))
+        write_bytes(folder / STATE, save(tensors, {"distiller": json.dumps(asdict(self)), "of": of, "losses": json.dumps(losses)}))
 
-    def _resume(self, folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> list[float]:
+    def _resume(self, folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, of: str) -> list[float]:
         path = folder / STATE
         if not path.is_file():
             return []
@@ -266,6 +272,8 @@ class Distiller:
             about = file.metadata()
         if json.loads(about["distiller"]) != asdict(self):
             raise ValueError(f"{path} is of a training with other settings: {about['distiller']}; delete it, or name another folder")
+        if about.get("of", "") != of:
+            raise ValueError(f"{path} is of a training on other data, or by another teacher; delete it, or name another folder")
         tensors = load_file(path)
         stored = {key.removeprefix("parameter.") for key in tensors if key.startswith("parameter.")}
         if stored != parameters.keys():

@@ -158,9 +158,9 @@ class Client:
         return text.replace(self._key, f"[{self.key}]") if self._key else text
 
 
-def image_part(path: Path) -> dict[str, Any]:
-    """A picture as a part of a message's content. Raises SampleError where it can't be read."""
-    picture = base64.b64encode(shrunk(path, IMAGE_SIDE, "JPEG")[0]).decode()
+def image_part(image: Path | Any) -> dict[str, Any]:
+    """A picture (a path, or a PIL image) as a part of a message's content. Raises SampleError where it can't be read."""
+    picture = base64.b64encode(shrunk(image, IMAGE_SIDE, "JPEG")[0]).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{picture}"}}
 
 

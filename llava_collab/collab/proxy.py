@@ -30,7 +30,7 @@ class Proxy(Single):
 
     def __init__(self, base: Single, expert: Single, anti: Single, alpha: float = 1.0, name: str = "proxy") -> None:
         super().__init__(base.network, base.processor, name)
-        self.lock = base.lock  # the base may answer requests of its own
+        self.lock = Locks([base.lock, expert.lock, anti.lock])  # each of the three may answer requests of its own
         self.base, self.expert, self.anti, self.alpha = base, expert, anti, alpha
         for other in (expert, anti):
             if problem := _unlike(base, other):
@@ -68,6 +68,21 @@ class Proxy(Single):
             for model, own in zip(models, flops, strict=True)
         ]
         return replace(answer, usage=sum((part.usage for part in parts), Usage()), parts=tuple(parts))
+
+
+class Locks:
+    """Several locks as one. They are taken in one order, whoever asks, so that two holders never wait for each other."""
+
+    def __init__(self, locks: Sequence[Any]) -> None:
+        self._locks = sorted(locks, key=id)
+
+    def __enter__(self) -> None:
+        for lock in self._locks:
+            lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        for lock in reversed(self._locks):
+            lock.release()
 
 
 class Follower:

@@ -6,47 +6,31 @@
     systems:                                 composites of models and of each other, by name
       shunt: {shunt: {small: small, large: large, gate: max, hint: soft, threshold: {share: 0.35}}}
 
-`Builder` makes them. What has to be found on held-out data is found when a system is built for a task; thresholds and routers are stored,
-and serve without the task. Leaves that are fitted to a task's texts, temperatures, strong choices and priors need it.
+`collab.builder` makes them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
 
-from ..files import keyed, model_sha256
-from ..types import Answer, Model, Request
-from .asking import Verb, ask
-from .classifier import Classifier
-from .compose import Ensemble, Route, Shunt
-from .distill import Distiller, Labeler, Targets, WeakToStrong, two_stage_confidence
-from .endpoint import REMOTE_KEY, Client
-from .gates import Confidence, Floats, Gate, Oracle, Random, fit_temperature
-from .hints import Hard, Hint, Soft, Transfer, strong_choices
-from .linear_text import KINDS, Linear, LinearText, empty_linear_text, fit_linear_text, right_indices
-from .proxy import Proxy
-from .recorded import Recorded
-from .remote import Remote
-from .router import Draft, Features, HashedText, Joined, PooledState, fit_router, load_router
-from .single import Single, open_single
-from .thresholds import ALL_LARGE, Threshold, choose_threshold, load_threshold, threshold_for_traffic
+from ..files import keyed
+from ..types import Answer, Request
+from .asking import Verb
+from .linear_text import KINDS
 
 
 class CollabError(ValueError):
     """A recipe that says something impossible; the message names file, system and cure."""
 
 
-_keyed = partial(keyed, error=CollabError)
+keys_of = partial(keyed, error=CollabError)
 _PAIR = {"small", "large", "gate", "threshold", "degrade"}
 _KINDS: Mapping[str, set[str]] = {
     "network": {"path", "dtype"},
@@ -101,6 +85,8 @@ class Task:
     right: Mapping[str, str] = field(default_factory=dict)
     """Of a classification: the right choice by request id."""
     seed: int = 0
+    learnt_from: str = ""
+    """A digest of what tools learn from, where the task has such data."""
 
 
 def load_recipe(path: Path, tools: Sequence[str] = ()) -> Recipe:
@@ -109,31 +95,31 @@ def load_recipe(path: Path, tools: Sequence[str] = ()) -> Recipe:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CollabError(f"{path}: can't be read ({error})") from error
-    raw = _keyed(raw, f"{path}", {"name", "models", "systems", "data", "pair", "note"})
-    models, systems = _keyed(raw.get("models"), f"{path}, models"), _keyed(raw.get("systems") or {}, f"{path}, systems")
+    raw = keys_of(raw, f"{path}", {"name", "models", "systems", "data", "pair", "note"})
+    models, systems = keys_of(raw.get("models"), f"{path}, models"), keys_of(raw.get("systems") or {}, f"{path}, systems")
     if both := sorted(models.keys() & systems.keys()):
         raise CollabError(f"{path}: {both[0]!r} is a model and a system; give it one name")
     names = models.keys() | systems.keys()
     for name, spec in models.items():
         where = f"{path}, model {name!r}"
-        kind = _keyed(spec, where).get("kind")
+        kind = keys_of(spec, where).get("kind")
         if kind not in _KINDS and kind not in tools:
             raise CollabError(f"{where}: no kind {kind!r}; there are {', '.join([*_KINDS, *tools])}")
-        _required(where, str(kind), _keyed(spec, where, {"kind", *_KINDS.get(str(kind), set())}))
-        _known(where, [spec[key] for key in ("hinted_by", "student", "teacher") if key in spec], names)
+        _required(where, str(kind), keys_of(spec, where, {"kind", *_KINDS.get(str(kind), set())}))
+        check_names(where, [spec[key] for key in ("hinted_by", "student", "teacher") if key in spec], names)
     for name, spec in systems.items():
         where = f"{path}, system {name!r}"
-        if len(_keyed(spec, where)) != 1 or next(iter(spec)) not in _SYSTEMS:
+        if len(keys_of(spec, where)) != 1 or next(iter(spec)) not in _SYSTEMS:
             raise CollabError(f"{where}: has to be one of {', '.join(_SYSTEMS)}, with its settings")
         kind, settings = next(iter(spec.items()))
-        settings = _required(where, kind, _keyed(settings, where, _SYSTEMS[kind]))
+        settings = _required(where, kind, keys_of(settings, where, _SYSTEMS[kind]))
         parts = settings.get("models") or [
             settings.get(key) for key in ("small", "large", "base", "expert", "anti") if key in _SYSTEMS[kind]
         ]
-        _known(where, parts, names)
-    pair = _keyed(raw["pair"], f"{path}, pair", {"small", "large"}) if raw.get("pair") else None
+        check_names(where, parts, names)
+    pair = keys_of(raw["pair"], f"{path}, pair", {"small", "large"}) if raw.get("pair") else None
     if pair:
-        _known(f"{path}, pair", [pair.get("small"), pair.get("large")], names)
+        check_names(f"{path}, pair", [pair.get("small"), pair.get("large")], names)
     return Recipe(
         str(raw.get("name") or path.stem), models, systems, dict(raw.get("data") or {}),
         (pair["small"], pair["large"]) if pair else None, str(raw.get("note") or ""),
@@ -146,349 +132,21 @@ def _required(where: str, kind: str, settings: dict[str, Any]) -> dict[str, Any]
     return settings
 
 
-def _known(where: str, wanted: Sequence[Any], names: Any) -> None:
+def check_names(where: str, wanted: Sequence[Any], names: Any) -> None:
+    """Raises CollabError for a wanted name that is not among `names`."""
     for name in wanted:
         if name not in names:
             raise CollabError(f"{where}: names {name!r}, and there is no such model or system; there are {', '.join(sorted(names))}")
 
 
-class Builder:
-    """Makes the models and systems of a recipe, each once.
-
-    `folder` keeps the leaves' answers (unless not `keep_answers`) and what was found on validation data; None keeps nothing. `tools` are
-    further kinds of leaves: kind -> (name, settings) -> model.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        *,
-        task: Task | None = None,
-        folder: Path | None = None,
-        keep_answers: bool = True,
-        tools: Mapping[str, Callable[[str, Mapping[str, Any]], Model]] | None = None,
-        device: str | torch.device = "cpu",
-        batch_size: int = 16,
-    ) -> None:
-        self.recipe, self.task, self.folder, self.tools = recipe, task, folder, tools or {}
-        self.device, self.batch_size = device, batch_size
-        self.keep_answers = keep_answers
-        self.thresholds: dict[str, Threshold] = {}
-        self._made: dict[str, Model] = {}
-        self._bare: dict[str, Model] = {}
-        self._identities: dict[str, str] = {}
-        self._making: list[str] = []
-
-    def model(self, name: str) -> Model:
-        """The model or system of this name. Raises CollabError for an unknown name, a circle, and what can't be made."""
-        if name not in self._made:
-            if name in self._making:
-                raise CollabError(f"{self.recipe.name}: {' -> '.join([*self._making, name])} is a circle")
-            self._making.append(name)
-            try:
-                if name in self.recipe.systems:
-                    self._made[name] = self._system(name, self.recipe.systems[name])
-                elif name in self.recipe.models:
-                    self._made[name] = self._recorded(name, self._leaf(name))
-                else:
-                    raise CollabError(
-                        f"{self.recipe.name}: no model {name!r}; there are {', '.join([*self.recipe.models, *self.recipe.systems])}"
-                    )
-            finally:
-                self._making.pop()
-        return self._made[name]
-
-    def identity(self, name: str) -> str:
-        """What decides a model's answers: its settings, the bytes of its weights, and all that of its parts."""
-        if name not in self._identities:
-            self.model(name)
-            spec = self.recipe.models.get(name) or self.recipe.systems[name]
-            content: list[Any] = [spec]
-            bare = self._bare.get(name)
-            if isinstance(bare, LinearText):
-                content += [bare.labels, hashlib.sha256(bare.weight_CW.tobytes()).hexdigest()]
-            elif "path" in spec:
-                content.append(model_sha256(Path(self._path(spec))) if Path(self._path(spec)).is_dir() else spec["path"])
-            names = self.recipe.models.keys() | self.recipe.systems.keys()
-            content += [self.identity(part) for part in _parts(spec) if part in names]
-            self._identities[name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-        return self._identities[name]
-
-    def _path(self, spec: Mapping[str, Any]) -> str:
-        """A leaf's path; `{seed}` in it is the task's seed, for leaves that were trained on the task's own texts."""
-        return str(spec["path"]).replace("{seed}", str(self.task.seed if self.task else 0))
-
-    def _recorded(self, name: str, model: Model) -> Model:
-        self._bare[name] = self._made[name] = model
-        if self.folder is None or not self.keep_answers:
-            return model
-        return Recorded(model, self.folder / "answers" / f"{file_name(name)}.jsonl", self.identity(name), self.batch_size)
-
-    def _leaf(self, name: str) -> Model:
-        spec = dict(self.recipe.models[name])
-        kind = spec.pop("kind")
-        if kind in self.tools:
-            return self.tools[kind](name, spec)
-        if kind == "network":
-            dtype = None if spec.get("dtype") is None else getattr(torch, spec["dtype"])
-            return open_single(self._path(spec), name, device=self.device, dtype=dtype)
-        if kind == "classifier":
-            return Classifier(self._path(spec), name, device=self.device, bf16=bool(spec.get("bf16", True)))
-        if kind == "remote":
-            client = Client(
-                spec["endpoint"], spec["model"], timeout=spec.get("timeout", 60.0), attempts=spec.get("attempts", 3), key=REMOTE_KEY
-            )
-            return Remote(client, name, spec.get("price_in", 0.0), spec.get("price_out", 0.0), spec.get("parallel", 8))
-        task = self._needs_task(name, "is fitted to labelled texts")
-        if kind == "two-stage":
-            return self._taught(name, task, spec)
-        return self._distilled(name, task, spec) if kind == "distilled" else self._fitted(name, kind, task, spec)
-
-    def _fitted(self, name: str, kind: str, task: Task, spec: Mapping[str, Any]) -> LinearText:
-        requests, labels = [request for request, _ in task.fit], [label for _, label in task.fit]
-        own = {key: value for key, value in spec.items() if key not in ("hinted_by", "folds")}
-        if "hinted_by" in spec:  # it learns to read hints from drafts of models that have not seen the text
-            requests = self._hinted(requests, labels, task, dict(self.recipe.models[spec["hinted_by"]]), int(spec.get("folds", 5)))
-        return fit_linear_text(kind, [request.text for request in requests], labels, name, seed=task.seed, **own)
-
-    def _hinted(self, requests: Sequence[Request], labels: Sequence[str], task: Task, spec: dict[str, Any], folds: int) -> list[Request]:
-        fold_M = np.random.default_rng(task.seed).permutation(len(requests)) % folds
-        kind, told = spec.pop("kind"), list(requests)
-        for fold in range(folds):
-            known, fresh = np.flatnonzero(fold_M != fold).tolist(), np.flatnonzero(fold_M == fold).tolist()
-            small = fit_linear_text(kind, [requests[k].text for k in known], [labels[k] for k in known], "fold", seed=task.seed, **spec)
-            asked = [replace(requests[k], choices=small.labels) for k in fresh]
-            for k, hinted in zip(fresh, Soft()(asked, small.score(asked))[0], strict=True):
-                told[k] = requests[k].asking(hinted.text)
-        return told
-
-    def _taught(self, name: str, task: Task, spec: Mapping[str, Any]) -> LinearText:
-        """2CD on the task's unlabelled requests."""
-        self.model(spec["student"])
-        student, teacher = self._bare[spec["student"]], self.model(spec["teacher"])
-        if not isinstance(student, LinearText):
-            raise CollabError(f"{name}: the student of two-stage distillation has to be a linear text model, not {spec['student']!r}")
-        small_MC, large_MC = (
-            torch.tensor([answer.scores for answer in ask(model, task.unlabelled, "score")], dtype=torch.float32)
-            for model in (student, teacher)
-        )
-        order = [task.unlabelled[0].choices.index(label) for label in student.labels]
-        limits = {"small_sure": spec.get("small_sure", 0.9), "large_sure": spec.get("large_sure", 0.9)}
-        labeler = two_stage_confidence(small_MC[:, order], large_MC[:, order], rehearsal=spec.get("rehearsal", 1.0), **limits)
-        module = Linear(student)
-        distiller = Distiller(spec.get("steps", 300), 64, lr=spec.get("lr", 0.01), seed=task.seed)
-        distiller.fit(module, [request.text for request in task.unlabelled], labeler, quiet=True)
-        return module.back(name)
-
-    def _distilled(self, name: str, task: Task, spec: Mapping[str, Any]) -> LinearText:
-        """A linear student over all words, of the teacher's distributions on the unlabelled requests; without a teacher of their labels.
-
-        With `alpha` by weak-to-strong's confidence loss, else by plain distillation.
-        """
-        texts, choices = [request.text for request in task.unlabelled], task.unlabelled[0].choices
-        student = empty_linear_text(texts, choices, name, words=spec.get("words"))
-        order = [choices.index(label) for label in student.labels]
-        if "teacher" in spec:
-            told = [answer.scores for answer in ask(self.model(spec["teacher"]), task.unlabelled, "score")]
-            targets_MC = torch.tensor(told, dtype=torch.float32)[:, order]
-            labeler: Labeler = WeakToStrong(targets_MC, spec["alpha"], spec.get("warmup", 0.2)) if "alpha" in spec else Targets(targets_MC)
-        else:
-            labeler = Targets(torch.tensor(right_indices([task.right[request.id] for request in task.unlabelled], student.labels)))
-        module = Linear(student)
-        Distiller(spec.get("steps", 600), 64, lr=spec.get("lr", 0.05), seed=task.seed).fit(module, texts, labeler, quiet=True)
-        return module.back(name)
-
-    def _system(self, name: str, spec: Mapping[str, Any]) -> Model:
-        kind, settings = next(iter(spec.items()))
-        if kind == "ensemble":
-            return Ensemble(tuple(self.model(part) for part in settings["models"]), name)
-        if kind == "proxy":
-            for part in ("base", "expert", "anti"):
-                self.model(settings[part])
-            base, expert, anti = (self._bare[settings[part]] for part in ("base", "expert", "anti"))
-            if not (isinstance(base, Single) and isinstance(expert, Single) and isinstance(anti, Single)):
-                raise CollabError(f"{name}: a proxy is made of networks, whose logits can be had")
-            return self._recorded(name, Proxy(base, expert, anti, settings.get("alpha", 1.0), name))
-        small, large = self.model(settings["small"]), self.model(settings["large"])
-        gate = self._gate(name, settings)
-        rest = {"name": name, "degrade": bool(settings.get("degrade", False))}
-        if kind == "route":
-            return self._tuned(Route(small, large, gate, ALL_LARGE, **rest), settings)
-        bare = Shunt(small, large, gate, ALL_LARGE, **rest)
-        return self._tuned(self._hinting(bare, settings), settings)
-
-    def _gate(self, name: str, settings: Mapping[str, Any]) -> Gate:
-        spec = settings.get("gate", "max")
-        spec = (
-            {"kind": spec}
-            if isinstance(spec, str)
-            else _keyed(spec, f"{name}, gate", {"kind", "calibrate", "seed", "features", "path", "epochs"})
-        )
-        kind = spec.get("kind")
-        if kind in ("max", "margin", "entropy"):
-            return Confidence(kind, self._temperature(name, settings["small"]) if spec.get("calibrate") else 1.0)
-        if kind == "random":
-            return Random(int(spec.get("seed", self.task.seed if self.task else 0)))
-        if kind == "oracle":
-            task = self._needs_task(name, "has an oracle for a gate")
-            asked = [*task.tuning, *task.validation, *task.test]
-            gains = self._quality(settings["small"], asked) - self._quality(settings["large"], asked)
-            return Oracle({request.id: float(gain) for request, gain in zip(asked, gains, strict=True)})
-        if kind in ("deterministic", "probabilistic", "transformed"):
-            features = self._features(name, spec.get("features", "text"))
-            if "path" in spec:
-                return load_router(Path(spec["path"]), features)
-            path = self.folder / f"{file_name(name)}.router.safetensors" if self.folder else None
-            if self.task is None and path is not None and path.is_file():
-                return load_router(path, features)
-            task = self._needs_task(name, "learns a router")
-            answers = [ask(self.model(settings[part]), task.tuning, task.verb) for part in ("small", "large")]
-            fine = [k for k in range(len(task.tuning)) if all(given[k].error is None for given in answers)]
-            learn = [task.tuning[k] for k in fine]
-            small_M1, large_M1 = (qualities(task, learn, [given[k] for k in fine])[:, None] for given in answers)
-            drafts = [answers[0][k] for k in fine] if features.reads == "draft" else []
-            options = {"epochs": int(spec.get("epochs", 40)), "seed": task.seed}
-            router = fit_router(kind, features, learn, small_M1, large_M1, drafts=drafts, **options)
-            if path is not None:
-                router.save(path)
-            return router
-        raise CollabError(
-            f"{name}: no gate {kind!r}; there are max, margin, entropy, random, oracle, deterministic, probabilistic, transformed"
-        )
-
-    def _features(self, name: str, kind: str | list[str]) -> Features:
-        if isinstance(kind, list):
-            return Joined([self._features(name, one) for one in kind])
-        if kind in ("text", "draft"):
-            return HashedText() if kind == "text" else Draft()
-        if kind not in self.recipe.models:
-            raise CollabError(
-                f"{name}: features are `text`, `draft`, a network whose state over the prompt is read, or a list of these, not {kind!r}"
-            )
-        self.model(kind)
-        network = self._bare[kind]
-        if not isinstance(network, Single):
-            raise CollabError(f"{name}: {kind!r} is no network, so it has no state to read")
-        return PooledState(network)
-
-    def _temperature(self, name: str, small: str) -> float:
-        task = self._needs_task(name, "has a gate that is calibrated")
-        answers = ask(self.model(small), task.tuning, task.verb)
-        fine = [(r, a) for r, a in zip(task.tuning, answers, strict=True) if a.scores is not None and task.right.get(r.id) in r.choices]
-        if not fine:
-            raise CollabError(f"{name}: a temperature needs scores and right choices, and {small!r} or the task gives none")
-        return fit_temperature(np.array([a.scores for _, a in fine]), np.array([r.choices.index(task.right[r.id]) for r, _ in fine]))
-
-    def _hinting(self, bare: Shunt, settings: Mapping[str, Any]) -> Shunt:
-        spec = settings.get("hint")
-        if spec in (None, "none"):
-            return bare
-        if spec == "prior" or (isinstance(spec, Mapping) and spec.get("kind") == "prior"):
-            weight = spec.get("weight") if isinstance(spec, Mapping) else None
-            return replace(bare, prior=self._prior(bare) if weight is None else float(weight))
-        return replace(bare, hint=self._hint(bare, settings, spec))
-
-    def _prior(self, bare: Shunt) -> float:
-        """The weight of the small model's distribution at which the large model is best on the third of the tuning requests that the gate
-        is least sure of; of equals the smallest."""
-        task, found = self._needs_task(bare.name, "has a prior whose weight is fitted"), []
-        for weight in (0.0, 0.1, 0.2, 0.3, 0.5):
-            confidence_M, _, large_M = both_ways(replace(bare, prior=weight), task, task.tuning)
-            found.append((-float(large_M[np.argsort(confidence_M, kind="stable")[: len(large_M) // 3]].mean()), weight))
-        return min(found)[1]
-
-    def _hint(self, bare: Shunt, settings: Mapping[str, Any], spec: Any) -> Hint:
-        name = bare.name
-        spec = (
-            {"kind": spec}
-            if isinstance(spec, str)
-            else _keyed(spec, f"{name}, hint", {"kind", "top", "sure", "share", "model", "question", "template"})
-        )
-        if spec.get("kind") == "soft":
-            return Soft(int(spec.get("top", 3)))
-        if spec.get("kind") == "transfer":
-            _known(f"{name}, hint", [spec.get("model")], self.recipe.models.keys() | self.recipe.systems.keys())
-            own = {key: spec[key] for key in ("question", "template") if key in spec}
-            return Transfer(self.model(spec["model"]), **own)
-        if spec.get("kind") != "hard":
-            raise CollabError(f"{name}: no hint {spec.get('kind')!r}; there are none, soft, hard, prior and transfer")
-        task = self._needs_task(name, "prunes choices that its small model is good at")
-        answers = ask(self.model(settings["small"]), task.tuning, "score")
-        choices = task.tuning[0].choices
-        right = [choices.index(task.right[request.id]) if task.right[request.id] in choices else -1 for request in task.tuning]
-        scores_MN = np.array([answer.scores for answer in answers])
-        sure = spec.get("sure", 0.9)
-        if sure == "threshold":  # what the small model would have answered itself depends on the shunt's own threshold
-            budget = settings.get("threshold")
-            if not isinstance(budget, Mapping) or "traffic" not in budget:
-                raise CollabError(f"{name}: `sure: threshold` needs a threshold that does not depend on the hint, {{traffic: SHARE}}")
-            sure = threshold_for_traffic(confidences(bare, task, task.test), float(budget["traffic"]))
-        return Hard(strong_choices(scores_MN, right, choices, float(sure), float(spec.get("share", 0.9))))
-
-    def _tuned(self, pair: Shunt | Route, settings: Mapping[str, Any]) -> Model:
-        spec = settings.get("threshold", {"drop": 0.01})
-        if isinstance(spec, int | float):
-            return replace(pair, threshold=float(spec))
-        hint, prior = getattr(pair, "hint", None), getattr(pair, "prior", 0.0)
-        of = {"gate": pair.gate.name, "small": self.identity(settings["small"]), "large": self.identity(settings["large"]),
-              "hint": hint.name if hint else f"prior {prior:g}" if prior else "none"}  # fmt: skip
-        path = Path(spec) if isinstance(spec, str) else self.folder / "thresholds" / f"{file_name(pair.name)}.json" if self.folder else None
-        if path is not None and (isinstance(spec, str) or self.task is None):
-            threshold = load_threshold(path, of)
-        else:
-            task = self._needs_task(pair.name, "has a threshold that is chosen on validation data")
-            budget = _keyed(spec, f"{pair.name}, threshold", {"drop", "share", "traffic"})
-            columns = both_ways(pair, task, task.validation)
-            if "traffic" in budget:
-                value = threshold_for_traffic(confidences(pair, task, task.test), float(budget["traffic"]))
-                threshold = Threshold.at(value, f"at most {budget['traffic']:.0%} of the traffic", *columns, of=of)
-            else:
-                threshold = choose_threshold(*columns, of=of, **budget)
-            if path is not None:
-                threshold.save(path)
-        self.thresholds[pair.name] = threshold
-        return replace(pair, threshold=threshold.value)
-
-    def _quality(self, name: str, requests: Sequence[Request]) -> Floats:
-        assert self.task is not None
-        return qualities(self.task, requests, ask(self.model(name), requests, self.task.verb))
-
-    def _needs_task(self, name: str, why: str) -> Task:
-        if self.task is None:
-            raise CollabError(
-                f"{self.recipe.name}: {name!r} {why}, so it needs the recipe's data: run eval/system.py first, or fix it in the recipe"
-            )
-        return self.task
-
-
-def qualities(task: Task, requests: Sequence[Request], answers: Sequence[Answer]) -> Floats:
-    """[M] qualities; a failed answer's is 0."""
-    pairs = zip(requests, answers, strict=True)
-    return np.array([0.0 if answer.error is not None else task.quality(request.id, answer) for request, answer in pairs])
-
-
-def confidences(pair: Shunt | Route, task: Task, requests: Sequence[Request]) -> Floats:
-    """[M], without asking the large model anything."""
-    drafts = ask(pair.small, requests, task.verb) if isinstance(pair, Shunt) else []
-    return np.array(pair.gated(requests, drafts)[0])
-
-
-def both_ways(pair: Shunt | Route, task: Task, requests: Sequence[Request]) -> tuple[Floats, Floats, Floats]:
-    """Confidence, quality of the small and of the large answer (with its hint) to every request, [M] each: what a curve is made of."""
-    large = ask(replace(pair, threshold=float("inf")), requests, task.verb)
-    small = [answer.parts[0] for answer in large] if isinstance(pair, Shunt) else ask(pair.small, requests, task.verb)
-    confidence = [float("-inf") if answer.confidence is None else answer.confidence for answer in large]
-    return np.array(confidence), qualities(task, requests, small), qualities(task, requests, large)
-
-
-def _parts(spec: Any) -> list[str]:
+def parts_of(spec: Any) -> list[str]:
     """The names that a setting builds on, in order."""
     found: list[str] = []
     for key, value in spec.items() if isinstance(spec, Mapping) else []:
         if key in _PARTS:
             found += value if isinstance(value, list) else [value]
         else:
-            found += _parts(value)
+            found += parts_of(value)
     return [name for name in found if isinstance(name, str)]
 
 

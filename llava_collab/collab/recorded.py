@@ -60,7 +60,11 @@ class Recorded:
             with tqdm(total=len(order), desc=self.name, unit="item", disable=len(order) <= self.batch_size) as bar:
                 for at in range(0, len(order), self.batch_size):
                     batch = order[at : at + self.batch_size]
-                    self._keep(batch, ask(self.model, [new[key] for key in batch], verb), failed)
+                    answers = ask(self.model, [new[key] for key in batch], verb)
+                    try:
+                        self._keep(batch, answers, failed)
+                    except OSError as error:  # no sample's fault: an OSError would be taken for one
+                        raise RuntimeError(f"{self.path}: answers can't be kept ({error}); mend that, then run it again") from error
                     bar.update(len(batch))
             return [self._known[key] if key in self._known else failed[key] for key in keys]
 

@@ -6,21 +6,21 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ..data.conversation import IMAGE_MARK, SampleError
 from ..types import Answer, Request, Usage
 from .endpoint import Client, Reply, image_part
+from .single import check_choices
 
 
 @dataclass(frozen=True)
 class Remote:
     """Asks `client` (time-outs, retries and keys are its business), `parallel` requests at once.
 
-    It has no `score`: endpoints do not give probabilities of whole answers. A request with choices names them in its prompt. What the
-    server does not answer in time becomes an answer with `error`. Prices are for a million tokens; tokens that the server did not count
-    are not on the bill, which `note` then says.
+    Endpoints give no probabilities of whole answers, so `score` gives the choice that the reply names, and no `scores`: a gate can't read
+    them. A request with choices names them in its prompt. What the server does not answer in time becomes an answer with `error`. Prices
+    are for a million tokens; tokens that the server did not count are not on the bill, which `note` then says.
     """
 
     client: Client
@@ -34,6 +34,22 @@ class Remote:
         with ThreadPoolExecutor(max(1, min(self.parallel, len(requests)))) as pool:
             return list(pool.map(self._one, requests))
 
+    def score(self, requests: Sequence[Request]) -> list[Answer]:
+        """The choice that each reply names; a reply that names none, or several, is an answer with `error`, and paid for."""
+        for request in requests:
+            check_choices(request)
+        return [self._named(request, answer) for request, answer in zip(requests, self.generate(requests), strict=True)]
+
+    def _named(self, request: Request, answer: Answer) -> Answer:
+        if answer.error is not None:
+            return answer
+        said = _plain(answer.text)
+        same = [choice for choice in request.choices if _plain(choice) == said]
+        named = same or [choice for choice in request.choices if f" {_plain(choice)} " in f" {said} "]
+        if len(named) == 1:
+            return replace(answer, text=named[0])
+        return replace(answer, text="", error=f"{request.id}: {answer.text[:80]!r} names {len(named)} of the choices")
+
     def _one(self, request: Request) -> Answer:
         start = time.perf_counter()
         try:
@@ -45,6 +61,11 @@ class Remote:
         price = (prompt * self.price_in + generated * self.price_out) / 1e6
         usage = Usage(1, len(request.images), prompt, generated, 0.0, time.perf_counter() - start, price)
         return Answer(reply.text, usage, self.name, error=reply.error, note=_uncounted(reply))
+
+
+def _plain(text: str) -> str:
+    """In lower case, marks as spaces, which alone part words."""
+    return " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())
 
 
 def _uncounted(reply: Reply) -> str:
@@ -65,7 +86,7 @@ def _messages(request: Request) -> list[dict[str, Any]]:
             continue
         parts: list[dict[str, Any]] = []
         for k, piece in enumerate(pieces):
-            parts += [image_part(Path(images.pop(0)))] if k else []
+            parts += [image_part(images.pop(0))] if k else []
             parts += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
         messages.append({"role": turn.role, "content": parts})
     if images:

@@ -77,7 +77,8 @@ class Together:
             if own := [p for p in module.parameters() if p.requires_grad]:
                 groups.append({"params": own, "lr": lr, "highest": lr})
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        small.train(), large.train()
+        small.train()
+        large.train()
         steps = []
         for step in tqdm(range(self.steps), desc="together" if self.joint else "apart", unit="step", disable=quiet):
             rows = rows_of(step, self.batch_size, len(small_rows), self.seed).tolist()
@@ -98,7 +99,8 @@ class Together:
                 torch.nn.utils.clip_grad_norm_(group["params"], self.clip_norm)
             optimizer.step()
             steps.append(Step(*(float(value.detach().mean()) for value in (small_B, large_B, g_B, loss))))
-        small.eval(), large.eval()
+        small.eval()
+        large.eval()
         return steps
 
     def loss(self, g_B: Tensor, small_B: Tensor, large_B: Tensor) -> Tensor:

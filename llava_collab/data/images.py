@@ -91,9 +91,9 @@ def expand_to_square(image: Image.Image, background_rgb: tuple[int, ...]) -> Ima
     return square
 
 
-def shrunk(path: Path, side: int, form: str) -> tuple[bytes, tuple[int, int]]:
+def shrunk(image: str | Path | Image.Image, side: int, form: str) -> tuple[bytes, tuple[int, int]]:
     """A picture scaled down to at most `side` x `side` pixels, encoded (`JPEG` or `WEBP`), and its size. Raises SampleError."""
-    image = load_image(path)
+    image = load_image(image) if isinstance(image, str | Path) else image.convert("RGB")
     image.thumbnail((side, side))
     stream = io.BytesIO()
     image.save(stream, form, quality=80)

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava_collab.collab.asking import ask
+from llava_collab.collab.builder import Builder, both_ways
 from llava_collab.collab.compose import Route, Shunt
-from llava_collab.collab.recipe import Builder, CollabError, Task, both_ways, file_name
+from llava_collab.collab.recipe import CollabError, Task, file_name
 from llava_collab.data.samples import Sample
 from llava_collab.evaluation import curves
 from llava_collab.evaluation.evaluator import prompt_text, trace

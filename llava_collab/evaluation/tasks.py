@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -74,7 +75,8 @@ def text_task(name: str, seed: int = 0, shares: Mapping[str, float] = SHARES) ->
     right = {request.id: label for request, label in [*asked["train"], *asked["test"]]}
     tested = [request for request, _ in asked["test"]]
     quality = partial(_exact, right)
-    return Task(f"{name}, seed {seed}", "score", fit, test=tested, quality=quality, right=right, seed=seed, **parts)
+    unlabelled, tuning, validation = (parts[part] for part in ("unlabelled", "tuning", "validation"))
+    return Task(f"{name}, seed {seed}", "score", fit, unlabelled, tuning, validation, tested, quality, right, seed)
 
 
 def suite_task(data: Mapping[str, Any], seed: int, data_root: Path | None) -> tuple[Task, Suited]:
@@ -98,7 +100,9 @@ def suite_task(data: Mapping[str, Any], seed: int, data_root: Path | None) -> tu
         asked[name] = [sample.request(suite.max_new_tokens[sample.category]) for sample in samples]
     by_id |= {f"train/{sample.id}": sample for sample in train}
     quality = partial(_scored, scorer, by_id)
-    return Task(suite.name, "generate", fit=[], unlabelled=[], **asked, quality=quality, seed=seed), Suited(by_id, scorer)
+    learnt = hashlib.sha256("\n".join(f"{s.id} {s.family} {s.turns} {s.answers}" for s in train).encode()).hexdigest()[:16]
+    tuning, validation, test = (asked[split] for split in ("tuning", "validation", "test"))
+    return Task(suite.name, "generate", [], [], tuning, validation, test, quality, seed=seed, learnt_from=learnt), Suited(by_id, scorer)
 
 
 def _exact(right: Mapping[str, str], name: str, answer: Answer) -> float:
