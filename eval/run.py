@@ -84,7 +84,13 @@ class Args:
     """Type the weights are loaded in; by default that of the model's files."""
 
     seed: int = 0
-    """Chooses items and permutes images; answers are greedy."""
+    """Chooses items and permutes images."""
+
+    temperature: float = 0.0
+    """Draw answers at this temperature, as routers learn from (train/router.py); 0: greedy answers, as every table has them."""
+
+    draw: int = 0
+    """Which draw, with --temperature."""
 
     max_error_rate: float = 0.01
     """Exit with status 1 if more than this share of samples ended in an error."""
@@ -108,7 +114,8 @@ def main(args: Args, ranks: Ranks | None = None) -> Summary:
     samples = blind(samples) if args.blind else samples
     name = args.name or args.model + "+blind" * args.blind + "+permuted" * args.permute_images
     model, about_model = _model(args, name, train, samples, scorer, ranks)
-    about_run = {"suite": suite.name, "seed": args.seed, "blind": args.blind, "permute_images": args.permute_images, "decoding": "greedy"}
+    decoding = f"temperature {args.temperature:g}, draw {args.draw}" if args.temperature else "greedy"
+    about_run = {"suite": suite.name, "seed": args.seed, "blind": args.blind, "permute_images": args.permute_images}
     summary = evaluate(
         model,
         samples,
@@ -117,7 +124,7 @@ def main(args: Args, ranks: Ranks | None = None) -> Summary:
         max_new_tokens=suite.max_new_tokens,
         batch_size=args.batch_size,
         split=args.split,
-        identity=about_run | about_model,
+        identity=about_run | {"decoding": decoding} | about_model,
         environment=environment(arguments={key: str(value) for key, value in asdict(args).items()}, processes=ranks.count),
         ranks=ranks,
     )
@@ -147,7 +154,7 @@ def _model(args: Args, name: str, train: list[Sample], samples: list[Sample], sc
         processor.feature_cache = feature_cache(network, processor, images, args.batch_size)
         ranks.wait()  # a rank's questions are not about the pictures of its share
     identity["prompt_template_sha256"] = hashlib.sha256(str(processor.chat_template).encode()).hexdigest()
-    return Single(network, processor, name), identity
+    return Single(network, processor, name, temperature=args.temperature, draw=args.draw), identity
 
 
 if __name__ == "__main__":

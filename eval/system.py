@@ -49,7 +49,7 @@ class Args:
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
     batch_size: int = 16
-    """Requests put to a network at once."""
+    """Requests put to a network at once. With 1, p50 and p95 are those of requests that come one by one; else a batch's time, divided."""
 
     report_only: bool = False
     """Compute tables and plot from the records that are there."""
@@ -68,6 +68,7 @@ def main(args: Args) -> None:
     tables = [system_table(systems, recipe.pair), advantage_table(systems, recipe.pair), asked_table(systems)]
     if recipe.pair and (domain := domain_table(systems, recipe.pair[0])) is not None:
         tables.append(domain)
+    tables = [table for table in tables if table.lines]
     text = "\n\n".join(table.markdown() for table in tables)
     write_text(args.out / "table.md", f"{text}\n")
     write_text(args.out / "table.csv", csv_text(tables))

@@ -91,6 +91,21 @@ def test_batches_answer_as_single_requests(three: tuple[list[Single], list[Reque
     assert [a.text for a in proxy.generate(asked)] == [proxy.generate([one])[0].text for one in asked]
 
 
+def test_drawn_answers_depend_on_draw_and_requests_alone(three: tuple[list[Single], list[Request]]) -> None:
+    (plain, *_), asked = three
+    drawn = [Single(plain.network, plain.processor, "drawn", temperature=t, draw=d) for t, d in ((1.0, 0), (1.0, 1), (1e-4, 0))]
+    torch.manual_seed(1)
+    first, other, cold = (model.generate(asked) for model in drawn)
+    state = torch.random.get_rng_state()
+    assert [answer.text for answer in drawn[0].generate(asked)] == [answer.text for answer in first]
+    assert torch.equal(torch.random.get_rng_state(), state)  # nobody else's random numbers are used up
+    assert [answer.text for answer in other] != [answer.text for answer in first]
+    greedy = plain.generate(asked)
+    assert [answer.text for answer in cold] == [answer.text for answer in greedy]
+    for drawn_one, likeliest in zip(first, greedy, strict=True):  # likelihoods are those of the tokens drawn, before the temperature
+        assert drawn_one.likelihood is not None and likeliest.likelihood is not None and 0 < drawn_one.likelihood < 1
+
+
 def test_bills_name_all_three(three: tuple[list[Single], list[Request]]) -> None:
     models, asked = three
     for answer in (Proxy(*models).generate(asked)[0], Proxy(*models).score(asked)[0]):

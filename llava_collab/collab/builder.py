@@ -131,7 +131,7 @@ class Builder:
             return self.tools[kind](name, spec)
         if kind == "network":
             dtype = None if spec.get("dtype") is None else getattr(torch, spec["dtype"])
-            return open_single(self._path(spec), name, device=self.device, dtype=dtype)
+            return open_single(self._path(spec), name, device=self.device, dtype=dtype, template=spec.get("template"))
         if kind == "classifier":
             return Classifier(self._path(spec), name, device=self.device, bf16=bool(spec.get("bf16", True)))
         if kind == "remote":

@@ -5,9 +5,11 @@ Shapes: B rows, T tokens, V vocabulary, N choices.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,22 +19,24 @@ from torch import Tensor
 from transformers import BatchFeature, LogitsProcessor, LogitsProcessorList
 
 from ..data.collate import Collator
-from ..data.conversation import IGNORE_INDEX, IMAGE_MARK, SampleError, check_turns
+from ..data.conversation import IGNORE_INDEX, IMAGE_MARK, TEMPLATES, SampleError, check_turns
 from ..data.images import load_image
 from ..types import Answer, Request, Usage
 
 
 class Single:
-    """A `TokenModel` made of one network and its processor (greedy decoding, left padding).
+    """A `TokenModel` made of one network and its processor (greedy decoding, left padding; or sampled at a `temperature`).
 
     `processor.encode_requests(requests)` gives the padded batch; `network.generate` the tokens; `processor.decode_answers` the texts;
     `processor.encode_answers(request, texts)` a
     batch with labels, to score texts with. HyperLLaVA's processor has these; `ChatProcessor`
     gives them to any tokenizer or processor of transformers. Requests from several threads are answered one batch after another.
+    What is sampled is drawn from `draw` and the ids of the batch's requests: it does not depend on what was asked before.
     """
 
-    def __init__(self, network: Any, processor: Any, name: str) -> None:
+    def __init__(self, network: Any, processor: Any, name: str, *, temperature: float = 0.0, draw: int = 0) -> None:
         self.network = network.eval()
+        self.temperature, self.draw = temperature, draw
         self.processor = processor
         self.name = name
         self.parameters = sum(p.numel() for p in network.parameters())
@@ -70,7 +74,9 @@ class Single:
         with torch.inference_mode():
             batch, limit = batch.to(self.network.device), max(r.max_new_tokens for r in requests)
             steered = LogitsProcessorList([*self._steering(requests), likelihood])
-            out_BT = self.network.generate(**batch, do_sample=False, max_new_tokens=limit, logits_processor=steered)
+            with self._sampling(requests) as how:
+                out_BT = self.network.generate(**batch, **how, max_new_tokens=limit, logits_processor=steered)
+        likelihood.took(out_BT[:, -1])
         texts, lengths = self.processor.decode_answers(out_BT[:, prompt_length:], [r.max_new_tokens for r in requests])
         seconds = (time.perf_counter() - start) / len(requests)
         return [
@@ -87,6 +93,17 @@ class Single:
             return Answer("", model=self.name, error=f"{type(error).__name__}: {error}")
         usage = self._bill(request, found.tokens, 0, time.perf_counter() - start)
         return chosen(request, found.scores(), usage, self.name)
+
+    @contextmanager
+    def _sampling(self, requests: Sequence[Request]) -> Iterator[Mapping[str, Any]]:
+        """Settings of `generate`, and around it the state that random numbers are drawn from."""
+        if not self.temperature:
+            yield {"do_sample": False}
+            return
+        digest = hashlib.sha256(f"{self.draw}/{'/'.join(request.id for request in requests)}".encode()).digest()
+        with torch.random.fork_rng([self.network.device] if self.network.device.type == "cuda" else []):
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
+            yield {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
 
     def _steering(self, requests: Sequence[Request]) -> Sequence[LogitsProcessor]:
         """What changes the next token's logits before one is taken: nothing here, see `collab.proxy`."""
@@ -133,14 +150,21 @@ def chosen(request: Request, scores: Sequence[float], usage: Usage, name: str) -
 
 
 class _Likelihood(LogitsProcessor):
-    """Watches greedy decoding: the log-probability of the token that each step takes. Changes nothing."""
+    """Watches decoding: the log-probability of the token that each step takes. Changes nothing."""
 
     def __init__(self) -> None:
         self.steps: list[Tensor] = []
+        self._logp_BV: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.steps.append(scores.float().max(-1).values - scores.float().logsumexp(-1))
+        self.took(input_ids[:, -1])
+        self._logp_BV = scores.float().log_softmax(-1)
         return scores
+
+    def took(self, ids_B: Tensor) -> None:
+        """The tokens [B] of the step before; before the first step there is none."""
+        if self._logp_BV is not None:
+            self.steps.append(self._logp_BV.gather(-1, ids_B[:, None])[:, 0])
 
     def means(self, lengths: Sequence[int]) -> list[float | None]:
         """Geometric mean probability of each row's first `lengths` tokens; None for a row without tokens."""
@@ -221,10 +245,14 @@ class ChatProcessor:
         return messages
 
 
-def open_single(folder: str, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Single:
+def open_single(
+    folder: str, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, template: str | None = None
+) -> Single:
     """The model in a folder (or hub id) of transformers: HyperLLaVA and its deltas, another vision-language model, or a text model.
 
-    Raises ValueError for a folder that holds no generating model, OSError for one that is not there.
+    `template` (of `data.conversation.TEMPLATES`; for LLaVA and text models) takes the place of its own: for a model before tuning that is
+    asked beside a tuned one. Raises ValueError for a folder that holds no generating model and for a template that it can't take, OSError
+    for a folder that is not there.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -232,13 +260,23 @@ def open_single(folder: str, name: str, *, device: torch.device | str = "cpu", d
     from ..models import build  # registers HyperLLaVA's configuration
 
     kind = AutoConfig.from_pretrained(folder).model_type
-    if kind in ("hyper_llava", "llava"):
+    llava, text = kind in ("hyper_llava", "llava"), kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if template is not None and (template not in TEMPLATES or not (llava or text)):
+        raise ValueError(
+            f"{name}: a {kind!r} model can't be asked by template {template!r}; LLaVA and text models can, by {', '.join(TEMPLATES)}"
+        )
+    if llava:
         network, processor = build.load(folder, dtype=dtype)
-        return Single(cast(Any, network).to(device), processor, name)
-    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        network = cast(Any, AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto"))
-        return Single(network.to(device), ChatProcessor(AutoProcessor.from_pretrained(folder)), name)
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        network = cast(Any, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto"))
-        return Single(network.to(device), ChatProcessor(AutoTokenizer.from_pretrained(folder)), name)
-    raise ValueError(f"{folder}: a {kind!r} model does not generate text, so nobody can ask it; name a causal or image-text-to-text model")
+    elif kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        network, processor = (
+            AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto"),
+            AutoProcessor.from_pretrained(folder),
+        )
+    elif text:
+        network, processor = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto"), AutoTokenizer.from_pretrained(folder)
+    else:
+        reason = "does not generate text, so nobody can ask it; name a causal or image-text-to-text model"
+        raise ValueError(f"{folder}: a {kind!r} model {reason}")
+    if template is not None:
+        processor.chat_template = TEMPLATES[template]
+    return Single(cast(Any, network).to(device), processor if llava else ChatProcessor(processor), name)
