@@ -41,7 +41,8 @@ class Args:
 
     model: str
     """A model folder (config.json + *.safetensors), or a baseline: `majority` (most frequent training answer of each family), `blind` (the
-    best guesser that sees the question only), `ocr` (OCR + rules, else a guess), `oracle` (rules that know what was drawn)."""
+    best guesser that sees the question only), `ocr` or `detector` (rules on what OCR reads, or EfficientNet sees, else a guess), `oracle`
+    (rules that know what was drawn)."""
 
     suite: Path
     """What is measured and how: eval/suites/cmt-open.yaml, cmt-public.yaml, real.yaml or cme-open.yaml, texts alone (llava_1_5.yaml is for

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llava_collab.data.samples import Sample
-from llava_collab.evaluation import baselines
+from llava_collab.evaluation import baselines, detector
 from llava_collab.evaluation.baselines import BASELINES, blind, majority, ocr_rules, oracle
 from llava_collab.evaluation.metrics import Scorer
 from llava_collab.evaluation.reading import Line, Reader
@@ -119,7 +121,46 @@ def test_ocr_answers_by_rules_and_guesses_where_nothing_is_read(monkeypatch: pyt
     assert answers(ocr_rules(train, asked, EXACT), asked) == ["TAXI", "STOP", "dog"]
 
 
-@pytest.mark.parametrize("name", list(BASELINES))
+def test_a_detector_answers_by_rules_as_surely_as_it_sees_and_else_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    things = {"cat": (0, True), "dog": (3, False)}  # name: quarter, large
+
+    def seen(names: Sequence[str]) -> np.ndarray:
+        rows = np.zeros((4, 6), np.float32)
+        for name in names:
+            quarter, large = things[name]
+            rows[quarter, list(things).index(name)], rows[quarter, 4] = 5.0, 5.0 * large
+        return rows
+
+    class Eyes:
+        flops = 7.0
+
+        def __call__(self, paths: Sequence[Path]) -> np.ndarray:
+            noise = np.random.default_rng(0).normal(0, 0.1, (len(paths), 4, 6))
+            return np.stack([seen([name for name in things if name in path.stem]) for path in paths]) + noise.astype(np.float32)
+
+    def shown(number: int, names: str, **more: Any) -> Sample:
+        boxes = {0: [0, 0, 100, 100], 3: [120, 120, 200, 200]}
+        objects = [{"name": name, "box": boxes[things[name][0]], "large": things[name][1]} for name in names.split("-") if name]
+        own = sample(number, truth=[{"objects": objects, "place": "sea"}], **more)
+        return replace(own, images=(Path(f"{number}-{names}.png"),))
+
+    monkeypatch.setattr(detector, "Quarters", Eyes)
+    names = ("cat", "dog", "cat-dog")
+    train = [shown(k, names[k % 3], family="exists", answer="no" if k % 3 else "yes", slots={"a": "a cat"}) for k in range(60)]
+    asked = [
+        shown(90, "cat", family="exists", slots={"a": "a cat"}),
+        shown(91, "cat-dog", family="relation_yesno", slots={"a": "the cat", "x": "above", "b": "the dog"}),
+        shown(92, "cat", family="relation_yesno", slots={"a": "the cat", "x": "above", "b": "the dog"}),
+    ]
+    model = BASELINES["detector"](train, asked, EXACT, "detector")
+    exists, above, unseen = model.generate([one.request() for one in asked])
+    assert (exists.text, above.text) == ("yes", "yes") and exists.likelihood is not None and 0.5 < exists.likelihood < 1.0
+    assert exists.usage.flops == 7.0 and unseen.likelihood == 0.0  # no dog to be above: a guess
+    with pytest.raises(ValueError, match="no training picture"):
+        BASELINES["detector"]([sample(1)], [], EXACT, "detector")
+
+
+@pytest.mark.parametrize("name", [name for name in BASELINES if name != "detector"])  # which needs a network, see below
 def test_every_baseline_carries_its_label(name: str) -> None:
     train = [sample(1, family="name", slots={}, truth=[{"objects": [{"name": "a", "box": [0, 0, 1, 1], "large": True}]}])]
     assert BASELINES[name](train, train, EXACT, "label").generate([train[0].request()])[0].model == "label"

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +32,9 @@ Guess = Callable[["Sample"], str]
 
 
 class Read(str):
-    """An answer that was read off or computed, not guessed: a gate may trust it (`Answer.likelihood` is 1, of a guess 0)."""
+    """An answer that was read off or computed: a gate may trust it as far as it is `sure` (`Answer.likelihood`; a guess has 0)."""
+
+    sure: float = 1.0
 
 
 TRIED, CONSTANTS = 200, 20
@@ -39,11 +42,13 @@ TRIED, CONSTANTS = 200, 20
 
 @dataclass
 class Baseline:
-    """A `Model` that answers each sample it was told of by a function of the sample. `answer` raises ValueError where it can't."""
+    """A `Model` that answers each sample it was told of by a function of the sample. `answer` raises ValueError where it can't; `flops` is
+    what one answer takes, as far as a network is asked."""
 
     name: str
     asked: Mapping[str, Sample]
     answer: Guess
+    flops: float = 0.0
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         return [self._one(request) for request in requests]
@@ -56,8 +61,8 @@ class Baseline:
             text = self.answer(self.asked[request.id])
         except ValueError as error:
             return Answer("", model=self.name, error=f"{self.name}: {error}")
-        usage = Usage(1, len(request.images), seconds=time.perf_counter() - start)
-        return Answer(str(text), usage, self.name, likelihood=float(isinstance(text, Read)))
+        usage = Usage(1, len(request.images), flops=self.flops, seconds=time.perf_counter() - start)
+        return Answer(str(text), usage, self.name, likelihood=text.sure if isinstance(text, Read) else 0.0)
 
 
 def majority(train: Iterable[Sample], asked: Iterable[Sample], scorer: Scorer, name: str = "majority") -> Baseline:
@@ -114,6 +119,29 @@ def ocr_rules(train: Sequence[Sample], asked: Iterable[Sample], scorer: Scorer, 
             return guess(sample)
 
     return Baseline(name, told, answer)
+
+
+def detector_rules(train: Sequence[Sample], asked: Iterable[Sample], scorer: Scorer, name: str = "detector + rules") -> Baseline:
+    """`cmt.oracle`'s rules on the things that a detector sees in the first picture; the blind guess where that says nothing."""
+    from llava_collab.evaluation.detector import Detector, Quarters, sees
+
+    told = _by_id(asked)
+    guess = blind(train, told.values(), scorer).answer
+    seeing = Quarters()
+    detector = Detector(train, seeing)
+
+    def answer(sample: Sample) -> str:
+        if not sees(sample.family) or not sample.images:
+            return guess(sample)
+        truth, sure = detector.truth(Path(sample.images[0]))
+        try:
+            seen = Read(solve(sample.family, sample.meta["slots"], [truth]))
+        except ValueError:
+            return guess(sample)
+        seen.sure = sure
+        return seen
+
+    return Baseline(name, told, answer, seeing.flops)
 
 
 def _by_id(asked: Iterable[Sample]) -> dict[str, Sample]:
@@ -218,5 +246,6 @@ BASELINES: Mapping[str, Callable[[Sequence[Sample], Iterable[Sample], Scorer, st
     "majority": majority,
     "blind": blind,
     "ocr": ocr_rules,
+    "detector": detector_rules,
     "oracle": oracle,
 }

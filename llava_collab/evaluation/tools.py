@@ -11,7 +11,7 @@ from llava_collab.files import keyed
 from llava_collab.types import Model
 
 TOOLS = tuple(BASELINES)
-"""Kinds of leaves that a suite's tasks have besides those of `collab.recipe`: majority, blind, ocr, oracle."""
+"""Kinds of leaves that a suite's tasks have besides those of `collab.recipe`: majority, blind, ocr, detector, oracle."""
 
 
 def make_tool(kind: str, suited: Suited | None, name: str, settings: Mapping[str, Any]) -> Model:
