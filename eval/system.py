@@ -20,7 +20,16 @@ from llava_collab.collab.builder import Builder
 from llava_collab.collab.recipe import CollabError, Recipe, load_recipe
 from llava_collab.evaluation.environment import environment
 from llava_collab.evaluation.report import csv_text
-from llava_collab.evaluation.system import advantage_table, asked_table, domain_table, measure, plot_systems, read_systems, system_table
+from llava_collab.evaluation.system import (
+    advantage_table,
+    asked_table,
+    domain_table,
+    measure,
+    measure_latency,
+    plot_systems,
+    read_systems,
+    system_table,
+)
 from llava_collab.evaluation.tasks import read_task
 from llava_collab.evaluation.tools import TOOLS, make_tool
 from llava_collab.files import write_json, write_text
@@ -49,7 +58,10 @@ class Args:
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
     batch_size: int = 16
-    """Requests put to a network at once. With 1, p50 and p95 are those of requests that come one by one; else a batch's time, divided."""
+    """Requests put to a network at once."""
+
+    latency: int = 0
+    """Ask every system so many requests again, one by one: p50 and p95 are theirs. Else they are of what batches took, divided."""
 
     report_only: bool = False
     """Compute tables and plot from the records that are there."""
@@ -87,6 +99,9 @@ def _measure(args: Args, recipe: Recipe, names: tuple[str, ...], seed: int) -> N
     builder = Builder(recipe, task=task, folder=folder, tools=tools, device=pick_device(args.device), batch_size=args.batch_size)
     print(f"{task.name}: {len(task.test)} requests, {len(task.tuning)} for gates, {len(task.validation)} for thresholds", flush=True)
     measure(builder, task, names, folder, suited.samples if suited else {})
+    if args.latency:
+        live = Builder(recipe, folder=folder, keep_answers=False, tools=tools, device=pick_device(args.device), seed=seed)
+        measure_latency(live, task, names, folder, args.latency)
     write_json(folder / "environment.json", environment(arguments={key: str(value) for key, value in asdict(args).items()}))
 
 

@@ -119,7 +119,9 @@ class Ask:
 
         recipe = load_recipe(self.model, TOOLS)
         tools = {kind: partial(make_tool, kind, None) for kind in TOOLS}  # they answer a suite's questions, and say so
-        builder = Builder(recipe, folder=self.found, keep_answers=False, tools=tools, device=pick_device(self.device))
+        of = self.found.name.removeprefix("seed-") if self.found else ""
+        seed, device = int(of) if of.isdigit() else 0, pick_device(self.device)
+        builder = Builder(recipe, folder=self.found, keep_answers=False, tools=tools, device=device, seed=seed)
         return builder.model(self.system or [*recipe.models, *recipe.systems][-1])
 
 

@@ -19,7 +19,16 @@ from llava_collab.collab.builder import Builder
 from llava_collab.collab.recipe import CollabError, Task, load_recipe
 from llava_collab.collab.recorded import Recorded
 from llava_collab.evaluation.records import read_rows
-from llava_collab.evaluation.system import advantage_table, asked_table, domain_table, measure, plot_systems, read_systems, system_table
+from llava_collab.evaluation.system import (
+    advantage_table,
+    asked_table,
+    domain_table,
+    measure,
+    measure_latency,
+    plot_systems,
+    read_systems,
+    system_table,
+)
 from llava_collab.evaluation.tools import TOOLS
 from llava_collab.types import Answer, Request, Turn, Usage
 
@@ -173,6 +182,19 @@ def test_tables_and_plot_are_made_of_records_alone(measured: Path, tmp_path: Pat
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     with pytest.raises(CollabError, match="no measured systems"):
         read_systems(tmp_path)
+
+
+def test_latency_is_of_requests_that_come_one_by_one(measured: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own, recipe = task(), load_recipe(measured / "recipe.yaml")
+    live = Builder(recipe, folder=measured / "seed-0", keep_answers=False)
+    measure_latency(live, own, ["small", "DS", "oracle"], measured / "seed-0", 5)
+    systems = {system.name: system for system in read_systems(measured)}
+    assert "oracle: no latency" in caplog.text and not systems["oracle"].one_by_one
+    assert len(systems["DS"].one_by_one) == 5 and systems["DS"].latency(95) <= max(systems["DS"].one_by_one)
+    shown = {row["model"] for row in system_table(list(systems.values()), None).plain if row["figure"] == "ms p50"}
+    assert shown == {"DS", "small"}
+    for path in measured.glob("*/systems/*/latency.json"):
+        path.unlink()
 
 
 def test_a_second_measurement_asks_nobody(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,8 @@ class Builder:
     """Makes the models and systems of a recipe, each once.
 
     `folder` keeps the leaves' answers (unless not `keep_answers`), what was fitted and what was found; None keeps nothing. Without a task
-    all that is read from there. `tools` are further kinds of leaves: kind -> (name, settings) -> model.
+    all that is read from there (`seed`: of the task that it was found on). `tools` are further kinds of leaves: kind -> (name, settings)
+    -> model.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class Builder:
         tools: Mapping[str, Callable[[str, Mapping[str, Any]], Model]] | None = None,
         device: str | torch.device = "cpu",
         batch_size: int = 16,
+        seed: int = 0,
     ) -> None:
+        self.seed = task.seed if task else seed
         self.recipe, self.task, self.folder, self.tools = recipe, task, folder, tools or {}
         self.device, self.batch_size = device, batch_size
         self.keep_answers = keep_answers
@@ -112,8 +115,8 @@ class Builder:
         return self._identities[name]
 
     def _path(self, spec: Mapping[str, Any]) -> str:
-        """A leaf's path; `{seed}` in it is the task's seed, for leaves that were trained on the task's own texts."""
-        return str(spec["path"]).replace("{seed}", str(self.task.seed if self.task else 0))
+        """A leaf's path; `{seed}` in it is the seed, for leaves that were trained on the task's own texts."""
+        return str(spec["path"]).replace("{seed}", str(self.seed))
 
     def _recorded(self, name: str, model: Model) -> Model:
         self._bare[name] = self._made[name] = model
@@ -234,7 +237,7 @@ class Builder:
             fit = partial(self._temperature, settings["small"])
             return Confidence(kind, self._found(name, "temperature", "has a gate that is calibrated", fit))
         if kind == "random":
-            return Random(int(spec.get("seed", self.task.seed if self.task else 0)))
+            return Random(int(spec.get("seed", self.seed)))
         if kind == "oracle":
             task = self._needs_task(name, "has an oracle for a gate")
             asked = [*task.tuning, *task.validation, *task.test]

@@ -32,7 +32,7 @@ def sees(family: str) -> bool:
 
 
 class Quarters:
-    """Features [N,Q,2V] of pictures: mean and maximum over each quarter (4 x 4 of EfficientNet-lite0's 7 x 7 cells, the middle is shared)."""
+    """Features [N,Q,2V] of pictures: mean and maximum over each quarter (4 x 4 of EfficientNet-lite0's 7 x 7 cells, so they overlap)."""
 
     def __init__(self) -> None:
         from torch.utils.flop_counter import FlopCounterMode

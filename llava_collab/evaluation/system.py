@@ -3,6 +3,7 @@
     RUN/seed-S/systems/NAME/records.jsonl    one row a test request: answer, score, bill, who was asked, the gate's confidence, the parts
     RUN/seed-S/systems/NAME/system.json      what the system is, and the threshold that was chosen for it
     RUN/seed-S/systems/NAME/curve.json       of a shunt or route: confidence and both scores of every request, which its curve is made of
+    RUN/seed-S/systems/NAME/latency.json     seconds of requests that came one by one, if that was measured
 
 Every figure is computed from these files. Scores are in [0, 100], as in all record files.
 """
@@ -10,6 +11,8 @@ Every figure is computed from these files. Scores are in [0, 100], as in all rec
 from __future__ import annotations
 
 import json
+import logging
+import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,11 +22,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from llava_collab.collab.asking import ask
 from llava_collab.collab.builder import Builder, both_ways
 from llava_collab.collab.compose import Route, Shunt
 from llava_collab.collab.recipe import CollabError, Task, file_name
+from llava_collab.data.chance import unit_interval
 from llava_collab.data.samples import Sample
 from llava_collab.evaluation import curves
 from llava_collab.evaluation.evaluator import prompt_text, trace
@@ -33,8 +38,9 @@ from llava_collab.evaluation.statistics import MACRO, Interval, bootstrap, draws
 from llava_collab.files import read_json, write_json
 from llava_collab.types import Answer, Request
 
-SYSTEM, CURVE = "system.json", "curve.json"
+SYSTEM, CURVE, LATENCY = "system.json", "curve.json", "latency.json"
 Floats = NDArray[np.float64]
+_log = logging.getLogger(__name__)
 
 
 def measure(builder: Builder, task: Task, names: Sequence[str], folder: Path, samples: Mapping[str, Sample]) -> None:
@@ -53,6 +59,24 @@ def measure(builder: Builder, task: Task, names: Sequence[str], folder: Path, sa
             finite = [float(value) if np.isfinite(value) else None for value in confidence_M]
             columns = {"sample_id": [request.id for request in task.test], "confidence": finite}
             write_json(out / CURVE, columns | {"small": small_M.tolist(), "large": large_M.tolist(), "threshold": model.threshold})
+
+
+def measure_latency(builder: Builder, task: Task, names: Sequence[str], folder: Path, count: int) -> None:
+    """Ask each system `count` test requests one by one, and write what each took. `builder` keeps no answers and has no task: what it needs
+    was found before. Systems that can't be without the data (an oracle) are left out."""
+    requests = sorted(task.test, key=lambda request: unit_interval(f"latency|{request.id}"))[: count + 1]
+    for name in names:
+        try:
+            model = builder.model(name)
+        except CollabError as error:
+            _log.warning("%s: no latency (%s)", name, error)
+            continue
+        seconds = []
+        for request in tqdm(requests, desc=f"{name}, one by one", unit="item"):
+            start = time.perf_counter()
+            ask(model, [request], task.verb)
+            seconds.append(time.perf_counter() - start)
+        write_json(folder / "systems" / file_name(name) / LATENCY, {"seconds": seconds[1:]})  # the first one warms caches
 
 
 def _row(task: Task, request: Request, answer: Answer, samples: Mapping[str, Sample]) -> Row:
@@ -75,6 +99,8 @@ class System:
     seeds: Sequence[Sequence[Row]]
     about: Sequence[Mapping[str, Any]]
     curves: Sequence[Mapping[str, Any]]
+    one_by_one: Sequence[float] = ()
+    """Seconds of requests that came one by one, all seeds; empty: not measured."""
 
     @cached_property
     def scores(self) -> dict[str, Floats]:
@@ -106,8 +132,9 @@ class System:
         return float(np.mean([row["usage"][field] for rows in self.seeds for row in rows]))
 
     def latency(self, percentile: float) -> float:
-        """Seconds a request, this percentile of all."""
-        return float(np.percentile([row["usage"]["seconds"] for rows in self.seeds for row in rows], percentile))
+        """Seconds a request, this percentile of all: of those that came one by one, or else of what batches took, divided."""
+        seconds = self.one_by_one or [row["usage"]["seconds"] for rows in self.seeds for row in rows]
+        return float(np.percentile(seconds, percentile))
 
     def asked(self) -> dict[str, float]:
         """Share of the requests on which each model was called."""
@@ -146,16 +173,21 @@ def read_systems(run: Path, names: Sequence[str] = (), seeds: Sequence[int] | No
     """
     folders = sorted(run.glob("seed-*")) if seeds is None else [run / f"seed-{seed}" for seed in seeds]
     found: dict[str, list[tuple[list[Row], Mapping[str, Any], Mapping[str, Any] | None]]] = defaultdict(list)
+    one_by_one: dict[str, list[float]] = defaultdict(list)
     for seed in folders:
         for path in sorted((seed / "systems").glob(f"*/{RECORDS}*"), key=lambda path: path.parent.name):
             folder = path.parent
             about = read_json(folder / SYSTEM)
             curve = read_json(folder / CURVE) if (folder / CURVE).is_file() else None
             found[about["name"]].append((read_rows(folder), about, curve))
+            if (folder / LATENCY).is_file():
+                one_by_one[about["name"]] += read_json(folder / LATENCY)["seconds"]
     wanted = [name for name in (names or found) if name in found]
     if not wanted:
         raise CollabError(f"{run}: no measured systems in seed-*/systems; run eval/system.py first")
-    systems = [System(n, [f[0] for f in found[n]], [f[1] for f in found[n]], [f[2] for f in found[n] if f[2]]) for n in wanted]
+    systems = [
+        System(n, [f[0] for f in found[n]], [f[1] for f in found[n]], [f[2] for f in found[n] if f[2]], one_by_one[n]) for n in wanted
+    ]
     ids = {tuple(row["sample_id"] for row in rows) for system in systems for rows in system.seeds}
     if len(ids) > 1 or len({len(system.seeds) for system in systems}) > 1:
         raise CollabError(f"{run}: systems were measured on different requests or seeds; run eval/system.py again")
@@ -177,7 +209,8 @@ def system_table(systems: Sequence[System], pair: tuple[str, str] | None) -> Tab
         if small is not None and large is not None and system not in (small, large):
             figures["PGR"] = curves.pgr(system.flat, small.flat, large.flat)
         figures |= {"GFLOPs": system.mean("flops") / 1e9, "price": system.mean("price")}
-        figures |= {"ms p50": 1e3 * system.latency(50), "ms p95": 1e3 * system.latency(95)}
+        if system.one_by_one or not any(other.one_by_one for other in systems):
+            figures |= {"ms p50": 1e3 * system.latency(50), "ms p95": 1e3 * system.latency(95)}
         if (curve := system.curve()) is not None:
             ends = [float(other.flat.mean()) if other else None for other in (small, large)]
             figures |= {"APGR": curve.apgr(*ends), "CPT 50": curve.cpt(0.5, *ends), "CPT 80": curve.cpt(0.8, *ends)}
