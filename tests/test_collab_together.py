@@ -51,12 +51,13 @@ def test_the_loss_is_the_formulas_and_apart_the_models_do_not_feel_the_gate() ->
     g, small, large = (torch.tensor(v, requires_grad=True) for v in ([0.2, 0.9], [1.0, 2.0], [0.5, 3.0]))
     joint = Together(cost=0.1, keep=0.25).loss(g, small, large)
     expected = (0.2 * 1 + 0.8 * 0.6 + 0.9 * 2 + 0.1 * 3.1) / 2 + 0.25 * (1.5 + 5.0) / 2
-    assert joint.item() == pytest.approx(expected)
+    assert joint.item() == pytest.approx(expected / 0.75)
     apart = Together(cost=0.1, joint=False).loss(g, small, large)
     assert apart.item() == pytest.approx((1.5 + 5.0) / 2 + (0.2 * 1 + 0.8 * 0.6 + 0.9 * 2 + 0.1 * 3.1) / 2)
     gradients = torch.autograd.grad(apart, (g, small, large))
     assert gradients[1].tolist() == gradients[2].tolist() == [0.5, 0.5] and gradients[0].abs().min() > 0
-    assert torch.autograd.grad(joint, small)[0].tolist() == pytest.approx([(0.2 + 0.25) / 2, (0.9 + 0.25) / 2])
+    own, other = torch.autograd.grad(joint, (small, large))
+    assert own.tolist() == pytest.approx([(0.2 + 0.25) / 1.5, (0.9 + 0.25) / 1.5]) and (own + other).tolist() == pytest.approx([1.0, 1.0])
 
 
 def test_the_gate_learns_who_is_good_at_what_and_a_price_moves_it() -> None:

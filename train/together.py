@@ -26,7 +26,7 @@ from llava_collab.data.samples import Sample, read_samples
 from llava_collab.evaluation.environment import environment
 from llava_collab.evaluation.evaluator import choose
 from llava_collab.evaluation.records import dump
-from llava_collab.files import write_json, write_text
+from llava_collab.files import read_json, write_json, write_text
 from llava_collab.models.build import feature_cache, load, pick_device
 
 
@@ -79,7 +79,10 @@ class Args:
 
 def main(args: Args) -> None:
     """Train and save. Raises ValueError or FileNotFoundError with the cure."""
-    if (args.out / "router.safetensors").is_file():
+    arguments = {key: str(value) for key, value in asdict(args).items()}
+    if (args.out / "training.json").is_file():  # written last
+        if read_json(args.out / "training.json")["arguments"] != arguments:
+            raise ValueError(f"{args.out} holds a training by other arguments (training.json); name another folder")
         print(f"{args.out}: finished before")
         return
     samples = [sample for sample in read_samples(args.data) if sample.turns[-1].role == "assistant"]
@@ -110,8 +113,8 @@ def main(args: Args) -> None:
     router = Router(
         features, gate.weight[0].detach().cpu().clone(), float(gate.bias.detach()), "apart" if args.apart else "together", about
     )
-    write_json(args.out / "training.json", environment(arguments={key: str(value) for key, value in asdict(args).items()}))
     router.save(args.out / "router.safetensors")
+    write_json(args.out / "training.json", environment(arguments=arguments))
     last = steps[-20:]
     means = [sum(getattr(step, key) for step in last) / len(last) for key in ("small", "large", "asked_small")]
     print(f"{args.out}: losses of small and large {means[0]:.3f}, {means[1]:.3f}; the gate asks the small one for {means[2]:.1%}")

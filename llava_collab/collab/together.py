@@ -2,11 +2,12 @@
 
 With g the gate's probability that the small model answers, l_s and l_l the two models' losses on a sample, c the price of a large call:
 
-    together   mean[ g l_s + (1 - g) (l_l + c) ] + keep mean[ l_s + l_l ]
+    together   2 / (1 + 2 keep) (mean[ g l_s + (1 - g) (l_l + c) ] + keep mean[ l_s + l_l ])
     apart      mean[ l_s + l_l ] + mean[ g l_s' + (1 - g) (l_l' + c) ],  ' : without gradient
 
-Together, each model learns most where it is asked; apart, all learn from the same samples in the same steps, and the gate only watches. So
-the two differ in nothing but whether the models feel the gate. Shapes: B samples, S supervised tokens, F features.
+Together, each model learns most where it is asked; apart, all learn from the same samples in the same steps, and the gate only watches. The
+factor makes a sample's weights in both models' losses add up to 2 either way, so the two differ in whether the models feel the gate.
+Shapes: B samples, S supervised tokens, F features.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ class Together:
     def loss(self, g_B: Tensor, small_B: Tensor, large_B: Tensor) -> Tensor:
         """See the head of this file."""
         if self.joint:
-            return (g_B * small_B + (1 - g_B) * (large_B + self.cost)).mean() + self.keep * (small_B + large_B).mean()
+            asked = (g_B * small_B + (1 - g_B) * (large_B + self.cost)).mean()
+            return 2 / (1 + 2 * self.keep) * (asked + self.keep * (small_B + large_B).mean())
         watched = g_B * small_B.detach() + (1 - g_B) * (large_B.detach() + self.cost)
         return (small_B + large_B).mean() + watched.mean()
 
