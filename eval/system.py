@@ -10,9 +10,11 @@ Killed? Run the same command again: answers of every model are kept, composites 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -33,6 +35,7 @@ from llava_collab.evaluation.system import (
 from llava_collab.evaluation.tasks import read_task
 from llava_collab.evaluation.tools import TOOLS, make_tool
 from llava_collab.files import write_json, write_text
+from llava_collab.types import Model
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,17 @@ def _measure(args: Args, recipe: Recipe, names: tuple[str, ...], seed: int) -> N
 
     task, suited = read_task(recipe.data, seed, args.data_root)
     folder = args.out / f"seed-{seed}"
-    tools = {kind: partial(make_tool, kind, suited) for kind in TOOLS}
+    made: dict[str, Model] = {}  # a tool learns once
+
+    def tool(kind: str, name: str, settings: Mapping[str, Any]) -> Model:
+        return made[name] if name in made else made.setdefault(name, make_tool(kind, suited, name, settings))
+
+    tools = {kind: partial(tool, kind) for kind in TOOLS}
     builder = Builder(recipe, task=task, folder=folder, tools=tools, device=pick_device(args.device), batch_size=args.batch_size)
     print(f"{task.name}: {len(task.test)} requests, {len(task.tuning)} for gates, {len(task.validation)} for thresholds", flush=True)
     measure(builder, task, names, folder, suited.samples if suited else {})
     if args.latency:
+        del builder  # and its networks
         live = Builder(recipe, folder=folder, keep_answers=False, tools=tools, device=pick_device(args.device), seed=seed)
         measure_latency(live, task, names, folder, args.latency)
     write_json(folder / "environment.json", environment(arguments={key: str(value) for key, value in asdict(args).items()}))

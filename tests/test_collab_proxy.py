@@ -102,8 +102,9 @@ def test_drawn_answers_depend_on_draw_and_requests_alone(three: tuple[list[Singl
     assert [answer.text for answer in other] != [answer.text for answer in first]
     greedy = plain.generate(asked)
     assert [answer.text for answer in cold] == [answer.text for answer in greedy]
-    for drawn_one, likeliest in zip(first, greedy, strict=True):  # likelihoods are those of the tokens drawn, before the temperature
-        assert drawn_one.likelihood is not None and likeliest.likelihood is not None and 0 < drawn_one.likelihood < 1
+    for drawn_one, likeliest in zip(cold, greedy, strict=True):  # likelihoods are of the tokens drawn, before the temperature
+        assert drawn_one.likelihood == pytest.approx(likeliest.likelihood, rel=1e-4)
+    assert all(answer.likelihood is not None and 0 < answer.likelihood < 1 for answer in first)
 
 
 def test_bills_name_all_three(three: tuple[list[Single], list[Request]]) -> None:
@@ -116,6 +117,18 @@ def test_bills_name_all_three(three: tuple[list[Single], list[Request]]) -> None
     bad = Request("bad", (Turn("user", "<image> <image> ?"),), ("nowhere.png",), 12)
     beside = Proxy(*models).generate([asked[0], bad])
     assert beside[1].error and beside[0].usage.calls == 3  # what fails costs the others nothing
+
+
+def test_each_part_is_billed_for_what_it_read(three: tuple[list[Single], list[Request]]) -> None:
+    """One of the three is asked by another template, so that its prompts have other lengths."""
+    models, asked = three
+    other = models[2].processor
+    (other if hasattr(other, "chat_template") else other.tokenizer).chat_template = TEMPLATES["vicuna_v1"]
+    for verb in ("generate", "score"):
+        alone = [[answer.usage.prompt_tokens for answer in getattr(model, verb)(asked)] for model in models]
+        steered = getattr(Proxy(*models), verb)(asked)
+        assert [[answer.parts[k].usage.prompt_tokens for answer in steered] for k in range(3)] == alone and alone[0] != alone[2]
+        assert all(answer.usage.prompt_tokens == sum(tokens) for answer, *tokens in zip(steered, *alone, strict=True))
 
 
 def test_unequal_vocabularies_and_beams_are_refused() -> None:

@@ -155,12 +155,12 @@ def test_a_detector_answers_by_rules_as_surely_as_it_sees_and_else_guesses(monke
     model = BASELINES["detector"](train, asked, EXACT, "detector")
     exists, above, unseen = model.generate([one.request() for one in asked])
     assert (exists.text, above.text) == ("yes", "yes") and exists.likelihood is not None and 0.5 < exists.likelihood < 1.0
-    assert exists.usage.flops == 7.0 and unseen.likelihood == 0.0  # no dog to be above: a guess
+    assert exists.usage.flops == 7.0 and exists.model == "detector" and unseen.likelihood == 0.0  # no dog to be above: a guess
     with pytest.raises(ValueError, match="no training picture"):
         BASELINES["detector"]([sample(1)], [], EXACT, "detector")
 
 
-@pytest.mark.parametrize("name", [name for name in BASELINES if name != "detector"])  # which needs a network, see below
+@pytest.mark.parametrize("name", [name for name in BASELINES if name != "detector"])  # which needs a network; see above
 def test_every_baseline_carries_its_label(name: str) -> None:
     train = [sample(1, family="name", slots={}, truth=[{"objects": [{"name": "a", "box": [0, 0, 1, 1], "large": True}]}])]
     assert BASELINES[name](train, train, EXACT, "label").generate([train[0].request()])[0].model == "label"

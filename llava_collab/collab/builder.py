@@ -77,8 +77,8 @@ class Builder:
             if name in self._making:
                 raise CollabError(f"{self.recipe.name}: {' -> '.join([*self._making, name])} is a circle")
             self._making.append(name)
-            self._check_stored(name)
             try:
+                self._check_stored(name)
                 if name in self.recipe.systems:
                     self._made[name] = self._system(name, self.recipe.systems[name])
                 elif name in self.recipe.models:

@@ -8,7 +8,6 @@ Shapes: B rows, T tokens, V vocabulary, K tokens of an answer.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,30 +42,30 @@ class Proxy(Single):
             (b_KV + self.alpha * (e_KV.to(b_KV) - a_KV.to(b_KV)), ids_K)
             for (b_KV, ids_K), (e_KV, _), (a_KV, _) in zip(base.pairs, expert.pairs, anti.pairs, strict=True)
         ]
-        return AnswerLogits(pairs, base.tokens)
+        return AnswerLogits(pairs, base.tokens, (base.tokens, expert.tokens, anti.tokens))
 
     def _steering(self, requests: Sequence[Request]) -> Sequence[LogitsProcessor]:
         followers = [Follower(m.network, m.processor.encode_requests(requests).to(m.network.device)) for m in (self.expert, self.anti)]
+        self._followers = followers  # the lock is held until the bill is written
         return [Steering(followers[0], followers[1], self.alpha)]
 
-    def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        """See `types.Model`."""
-        return [self._billed(answer) for answer in super().generate(requests)]
+    def _answer(self, requests: Sequence[Request], batch: Any) -> list[Answer]:
+        answers = super()._answer(requests, batch)
+        prompts = [follower.prompt_tokens for follower in self._followers]
+        return [self._billed(a, (a.usage.prompt_tokens, prompts[0][k], prompts[1][k])) for k, a in enumerate(answers)]
 
-    def score(self, requests: Sequence[Request]) -> list[Answer]:
-        """See `types.ScoringModel`."""
-        return [self._billed(answer) for answer in super().score(requests)]
+    def _chosen(self, request: Request, found: AnswerLogits, seconds: float) -> Answer:
+        return self._billed(super()._chosen(request, found, seconds), found.of_parts)
 
-    def _billed(self, answer: Answer) -> Answer:
-        """The base's bill, and two more for the same tokens; wall time is shared out by FLOPs, since the three run in turns."""
-        if answer.error is not None:
-            return answer
-        tokens, models = answer.usage.prompt_tokens + answer.usage.generated_tokens, (self.base, self.expert, self.anti)
-        flops = [2.0 * model.parameters * tokens for model in models]
-        parts = [
-            Answer(answer.text, replace(answer.usage, flops=own, seconds=answer.usage.seconds * own / sum(flops)), model.name)
-            for model, own in zip(models, flops, strict=True)
-        ]
+    def _billed(self, answer: Answer, prompts: Sequence[int]) -> Answer:
+        """One bill a model, each for the tokens that it read (a tower may make more of a picture than another) and all for those that were
+        written; wall time is shared out by FLOPs, since the three run in turns."""
+        models, written = (self.base, self.expert, self.anti), answer.usage.generated_tokens
+        flops = [2.0 * model.parameters * (prompt + written) for model, prompt in zip(models, prompts, strict=True)]
+        parts = []
+        for model, prompt, own in zip(models, prompts, flops, strict=True):
+            usage = replace(answer.usage, prompt_tokens=prompt, flops=own, seconds=answer.usage.seconds * own / sum(flops))
+            parts.append(Answer(answer.text, usage, model.name))
         return replace(answer, usage=sum((part.usage for part in parts), Usage()), parts=tuple(parts))
 
 
@@ -94,11 +93,10 @@ class Follower:
         self._mask_BT: Tensor = self._inputs["attention_mask"]
         self._kept: dict[str, Any] = {}  # the cache, and the weights that a HyperLLaVA wrote for this prompt
         self._routing = RoutingContext(pending=True)
-        self.seconds = 0.0
+        self.prompt_tokens: list[int] = self._mask_BT.sum(1).tolist()
 
     def __call__(self, new_B1: Tensor | None) -> Tensor:
         """Float logits [B,V] behind the prompt (None), or behind one more token."""
-        start = time.perf_counter()
         if new_B1 is None:
             inputs = self._inputs
         else:
@@ -110,7 +108,6 @@ class Follower:
         self._kept = {"past_key_values": out.past_key_values}
         if getattr(out, "expert_weights", None) is not None:
             self._kept["expert_weights"] = out.expert_weights
-        self.seconds += time.perf_counter() - start
         return out.logits[:, -1].float()
 
 

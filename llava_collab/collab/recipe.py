@@ -86,7 +86,7 @@ class Task:
     """Of a classification: the right choice by request id."""
     seed: int = 0
     learnt_from: str = ""
-    """A digest of what tools learn from, where the task has such data."""
+    """A digest of all that tools are told, where the task has such data."""
 
 
 def load_recipe(path: Path, tools: Sequence[str] = ()) -> Recipe:

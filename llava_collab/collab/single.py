@@ -31,7 +31,7 @@ class Single:
     `processor.encode_answers(request, texts)` a
     batch with labels, to score texts with. HyperLLaVA's processor has these; `ChatProcessor`
     gives them to any tokenizer or processor of transformers. Requests from several threads are answered one batch after another.
-    What is sampled is drawn from `draw` and the ids of the batch's requests: it does not depend on what was asked before.
+    What is sampled is drawn from `name`, `draw` and the ids of the batch's requests: it does not depend on what was asked before.
     """
 
     def __init__(self, network: Any, processor: Any, name: str, *, temperature: float = 0.0, draw: int = 0) -> None:
@@ -49,7 +49,7 @@ class Single:
         except (ValueError, OSError) as error:
             if len(requests) == 1:
                 return [Answer("", model=self.name, error=f"{type(error).__name__}: {error}")]
-            return [answer for request in requests for answer in Single.generate(self, [request])]  # not a subclass's, which bills again
+            return [answer for request in requests for answer in self.generate([request])]
         with self.lock:
             return self._answer(requests, batch)
 
@@ -91,8 +91,10 @@ class Single:
             found = self.answer_logits(request, request.choices)
         except (SampleError, OSError) as error:
             return Answer("", model=self.name, error=f"{type(error).__name__}: {error}")
-        usage = self._bill(request, found.tokens, 0, time.perf_counter() - start)
-        return chosen(request, found.scores(), usage, self.name)
+        return self._chosen(request, found, time.perf_counter() - start)
+
+    def _chosen(self, request: Request, found: AnswerLogits, seconds: float) -> Answer:
+        return chosen(request, found.scores(), self._bill(request, found.tokens, 0, seconds), self.name)
 
     @contextmanager
     def _sampling(self, requests: Sequence[Request]) -> Iterator[Mapping[str, Any]]:
@@ -100,7 +102,7 @@ class Single:
         if not self.temperature:
             yield {"do_sample": False}
             return
-        digest = hashlib.sha256(f"{self.draw}/{'/'.join(request.id for request in requests)}".encode()).digest()
+        digest = hashlib.sha256("/".join([self.name, str(self.draw), *(request.id for request in requests)]).encode()).digest()
         with torch.random.fork_rng([self.network.device] if self.network.device.type == "cuda" else []):
             torch.manual_seed(int.from_bytes(digest[:7], "big"))
             yield {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
@@ -116,10 +118,11 @@ class Single:
 @dataclass(frozen=True)
 class AnswerLogits:
     """Of each answer, the logits [K,V] that its K tokens (the end of the turn is the last) are predicted by, and their ids [K]; `tokens` is
-    what was read for all of them."""
+    what was read for all of them, `of_parts` what each part of a composite read."""
 
     pairs: Sequence[tuple[Tensor, Tensor]]
     tokens: int
+    of_parts: tuple[int, ...] = ()
 
     def scores(self) -> list[float]:
         """p(answer | prompt) of each, normalised over the answers."""

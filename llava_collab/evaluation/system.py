@@ -49,16 +49,26 @@ def measure(builder: Builder, task: Task, names: Sequence[str], folder: Path, sa
         model = builder.model(name)
         answers = ask(model, task.test, task.verb)
         out = folder / "systems" / file_name(name)
+        for stale in (CURVE, LATENCY):
+            (out / stale).unlink(missing_ok=True)
         write_rows(out, [_row(task, request, answer, samples) for request, answer in zip(task.test, answers, strict=True)])
         threshold = builder.thresholds.get(name)
         spec = builder.recipe.systems.get(name) or builder.recipe.models[name]
-        about = {"name": name, "spec": spec, "identity": builder.identity(name), "task": task.name, "kind": type(model).__name__.lower()}
+        about = {"name": name, "spec": spec, "identity": builder.identity(name), "task": task.name, **_large(builder, name)}
         write_json(out / SYSTEM, about | {"threshold": asdict(threshold) if threshold else None})
         if isinstance(model, Shunt | Route):
             confidence_M, small_M, large_M = both_ways(model, task, task.test)
             finite = [float(value) if np.isfinite(value) else None for value in confidence_M]
             columns = {"sample_id": [request.id for request in task.test], "confidence": finite}
             write_json(out / CURVE, columns | {"small": small_M.tolist(), "large": large_M.tolist(), "threshold": model.threshold})
+
+
+def _large(builder: Builder, name: str) -> dict[str, Any]:
+    """Of a shunt or route: the model at the end of its chain of large ones, and whether there are several links (`nested`)."""
+    systems, steps = builder.recipe.systems, 0
+    while name in systems and (settings := next(iter(systems[name].values()))).get("large"):
+        name, steps = settings["large"], steps + 1
+    return {"large": name, "nested": steps > 1} if steps else {}
 
 
 def measure_latency(builder: Builder, task: Task, names: Sequence[str], folder: Path, count: int) -> None:
@@ -68,14 +78,17 @@ def measure_latency(builder: Builder, task: Task, names: Sequence[str], folder: 
     for name in names:
         try:
             model = builder.model(name)
-        except CollabError as error:
+        except ValueError as error:
             _log.warning("%s: no latency (%s)", name, error)
             continue
         seconds = []
         for request in tqdm(requests, desc=f"{name}, one by one", unit="item"):
             start = time.perf_counter()
-            ask(model, [request], task.verb)
-            seconds.append(time.perf_counter() - start)
+            answer = ask(model, [request], task.verb)[0]
+            if answer.error is None:
+                seconds.append(time.perf_counter() - start)
+            else:
+                _log.warning("%s: %s is left out of the latency (%s)", name, request.id, answer.error)
         write_json(folder / "systems" / file_name(name) / LATENCY, {"seconds": seconds[1:]})  # the first one warms caches
 
 
@@ -143,15 +156,12 @@ class System:
         return {name: count / total for name, count in counts.most_common()}
 
     def share_large(self) -> float | None:
-        """Share of the requests that a shunt's or route's large model answered; None of other systems."""
-        if not self.curves:
-            return None
-        below = [np.mean([c is None or c < stored["threshold"] for c in stored["confidence"]]) for stored in self.curves]
-        return float(np.mean(below))
+        """Share of the requests on which a shunt's or route's large model was called (of a chain, the last one); None of other systems."""
+        return self.asked().get(self.about[0]["large"], 0.0) if self.about[0].get("large") else None
 
     def curve(self) -> curves.Curve | None:
-        """The curve over all thresholds, all seeds' requests together."""
-        if not self.curves:
+        """The curve over all thresholds, all seeds' requests together; None of other systems, and of chains, which have several."""
+        if not self.curves or self.about[0].get("nested"):
             return None
         columns = {
             key: np.array([np.nan_to_num(np.array(stored[key], dtype=float), nan=-1.0) for stored in self.curves])

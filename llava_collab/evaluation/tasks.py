@@ -100,7 +100,8 @@ def suite_task(data: Mapping[str, Any], seed: int, data_root: Path | None) -> tu
         asked[name] = [sample.request(suite.max_new_tokens[sample.category]) for sample in samples]
     by_id |= {f"train/{sample.id}": sample for sample in train}
     quality = partial(_scored, scorer, by_id)
-    learnt = hashlib.sha256("\n".join(f"{s.id} {s.family} {s.turns} {s.answers}" for s in train).encode()).hexdigest()[:16]
+    told = "\n".join(f"{sample.id} {sample.family} {sample.turns} {sample.answers} {sample.meta}" for sample in by_id.values())
+    learnt = hashlib.sha256(told.encode()).hexdigest()[:16]
     tuning, validation, test = (asked[split] for split in ("tuning", "validation", "test"))
     return Task(suite.name, "generate", [], [], tuning, validation, test, quality, seed=seed, learnt_from=learnt), Suited(by_id, scorer)
 
