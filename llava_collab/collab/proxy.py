@@ -36,8 +36,12 @@ class Proxy(Single):
                 raise ValueError(f"{name}: {base.name} and {other.name} have to share a vocabulary, and {problem}")
 
     def answer_logits(self, request: Request, answers: Sequence[str]) -> AnswerLogits:
-        """See `types.TokenModel`."""
+        """See `types.TokenModel`. Raises ValueError where the three write an answer in other tokens."""
         base, expert, anti = (model.answer_logits(request, answers) for model in (self.base, self.expert, self.anti))
+        for other, model in ((expert, self.expert), (anti, self.anti)):
+            if any(not torch.equal(own_K, ids_K.to(own_K)) for (_, own_K), (_, ids_K) in zip(base.pairs, other.pairs, strict=True)):
+                cure = "give both one template (`template` of a network in a recipe)"
+                raise ValueError(f"{self.name}: {self.base.name} and {model.name} end an answer otherwise; {cure}")
         pairs = [
             (b_KV + self.alpha * (e_KV.to(b_KV) - a_KV.to(b_KV)), ids_K)
             for (b_KV, ids_K), (e_KV, _), (a_KV, _) in zip(base.pairs, expert.pairs, anti.pairs, strict=True)
