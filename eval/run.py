@@ -100,6 +100,8 @@ class Args:
 def main(args: Args, ranks: Ranks | None = None) -> Summary:
     """Evaluate and print. Raises RecordError, SuiteError, ValueError or FileNotFoundError with the cure."""
     ranks = ranks or Ranks()
+    if args.temperature and args.model in BASELINES:
+        raise ValueError(f"--temperature: {args.model} draws nothing; its answers are the same each time")
     if args.blind and args.permute_images:
         raise ValueError("--blind and --permute-images are two controls: run them one at a time, with a folder each")
     suite = load_suite(args.suite)

@@ -80,6 +80,9 @@ def main(args: Args) -> None:
         for seed in args.seeds:
             _measure(args, recipe, names, seed)
     systems = read_systems(args.out, names, args.seeds)
+    for system in systems:
+        if system.about[0]["spec"] != (recipe.models.get(system.name) or recipe.systems.get(system.name)):
+            raise CollabError(f"{args.out}: {system.name!r} was measured with other settings than {args.recipe} has; measure it again")
     tables = [system_table(systems, recipe.pair), advantage_table(systems, recipe.pair), asked_table(systems)]
     if recipe.pair and (domain := domain_table(systems, recipe.pair[0])) is not None:
         tables.append(domain)

@@ -93,6 +93,9 @@ RECIPE = {
 }
 
 
+PAIR = {"small": "small", "large": "large"}
+
+
 def write(folder: Path, **changes: Any) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE | changes, sort_keys=False), encoding="utf-8")
@@ -117,11 +120,18 @@ def test_every_recipe_in_the_tree_reads(path: str) -> None:
         ({"pair": {"small": "small", "large": "nobody"}}, "names 'nobody'"),
         ({"models": {"small": {"kind": "network"}, "large": {"kind": "tfidf-lr"}}, "systems": {}}, "network needs path"),
         ({"systems": {"s": {"ensemble": {}}}}, "ensemble needs models"),
+        ({"systems": {"s": {"shunt": PAIR | {"gate": {"kind": "max", "epochs": 3}}}}}, "epochs"),
+        ({"systems": {"s": {"shunt": PAIR | {"gate": "vibes"}}}}, "gate: no kind 'vibes'"),
+        ({"systems": {"s": {"shunt": PAIR | {"hint": {"kind": "prior", "wieght": 0.3}}}}}, "wieght"),
+        ({"systems": {"s": {"shunt": PAIR | {"hint": {"kind": "transfer", "model": "giant"}}}}}, "names 'giant'"),
+        ({"systems": {"s": {"route": PAIR | {"gate": {"kind": "deterministic", "features": ["giant"]}}}}}, "names 'giant'"),
+        ({"systems": {"s": {"shunt": PAIR | {"threshold": {"traffic": 0.3, "drop": 0.1}}}}}, "one budget"),
+        ({"models": {"small": {"kind": "oracle"}, "large": {"kind": "tfidf-lr", "hinted_by": "small"}}, "systems": {}}, "in folds"),
     ],
 )
 def test_recipes_say_what_they_can_not_mean(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CollabError, match=message):
-        load_recipe(write(tmp_path, **changes))
+        load_recipe(write(tmp_path, **changes), TOOLS)
 
 
 def test_circles_and_missing_data_are_named(tmp_path: Path) -> None:
@@ -153,7 +163,9 @@ def test_systems_are_measured_on_the_same_requests(measured: Path) -> None:
     share = systems["DS"].share_large()
     assert share is not None and systems["DS"].asked() == {"small": 1.0, "large": pytest.approx(share)}
     assert systems["hard"].share_large() == pytest.approx(0.3, abs=0.05)  # type: ignore[comparison-overlap]
-    assert systems["route"].asked()["small"] > systems["route"].asked()["large"] > 0  # the nested shunt asks the small one too
+    route = systems["route"].asked()
+    assert route["small"] > route["large"] > 0  # the nested shunt asks the small one too
+    assert systems["route"].share_large() == pytest.approx(route["large"]) and systems["route"].curve() is None
     for name in ("DS", "soft", "hard", "route", "router", "learned"):
         for rows in systems[name].seeds:
             for row in rows:
@@ -177,6 +189,8 @@ def test_tables_and_plot_are_made_of_records_alone(measured: Path, tmp_path: Pat
     share = float(domain.title.split(": ")[1].split("%")[0]) / 100
     whole = share * cells["own domain"] + (1 - share) * cells["elsewhere"]
     assert whole == pytest.approx(systems[0].quality().mean, abs=0.1) and cells["own domain"] > cells["elsewhere"]
+    never = domain_table(systems, "small", 1.1)  # it is never so sure: the cells of its own domain stay empty
+    assert never is not None and all(line[1:3] == ["", ""] and line[3] for line in never.lines)
     assert "minus large" in text and "cost advantage" in text and "| DS | small 100.0%, large" in text
     plot_systems(systems, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
@@ -222,7 +236,7 @@ def test_what_was_found_serves_without_the_data_and_refuses_another_model(measur
         models={"small": {"kind": "fixed"}, "large": {"kind": "fixed"}},
         systems={"DS": {"shunt": {"small": "small", "large": "large", "threshold": {"share": 0.4}}}},
     )
-    with pytest.raises(ValueError, match="measured with other settings"):
+    with pytest.raises(ValueError, match="found with other settings"):
         Builder(simple, folder=measured / "seed-0", tools={"fixed": made["naive-bayes"]}).model("DS")
     assert stored["rule"].startswith("best quality at a share")
 
@@ -276,8 +290,12 @@ def test_leaves_temperatures_and_hints_serve_without_the_data(measured: Path) ->
         rows = read_rows(measured / "seed-0" / "systems" / name)
         assert [answer.text for answer in ask(fresh, own.test, "score")] == [row["output"] for row in rows], name
     changed = replace(recipe, models=dict(recipe.models) | {"small": {"kind": "naive-bayes", "words": 7}})
-    with pytest.raises(ValueError, match="measured with other settings"):
-        Builder(changed, folder=measured / "seed-0").model("small")
+    builder = Builder(changed, folder=measured / "seed-0")
+    for name in ("small", "DS", "small"):  # and says so again, not that there is a circle
+        with pytest.raises(ValueError, match="'small' was found with other settings"):
+            builder.model(name)
+    with pytest.raises(ValueError, match="other settings or data"):
+        Builder(replace(recipe, data={"texts": "others"}), folder=measured / "seed-0").model("small")
 
 
 def test_a_threshold_is_of_what_its_gate_and_hint_learnt(measured: Path, tmp_path: Path) -> None:
@@ -285,7 +303,8 @@ def test_a_threshold_is_of_what_its_gate_and_hint_learnt(measured: Path, tmp_pat
     for name, found in (("DS", {"temperature": 9.0}), ("hard", {"strong": ["cat"]}), ("prior", {"prior": 0.77})):
         folder = tmp_path / name
         shutil.copytree(measured / "seed-0", folder)
-        (folder / "found" / f"{name}.json").write_text(json.dumps(found))
+        path = folder / "found" / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | found))
         with pytest.raises(ValueError, match="chosen for something else"):
             Builder(recipe, folder=folder).model(name)
 

@@ -100,12 +100,17 @@ def test_many_requests_at_once_keep_their_order(server: Server) -> None:
 
 def test_it_names_choices_and_gives_no_probabilities(server: Server) -> None:
     """So it can be the large model of a classification; a gate that would read its scores says that there are none."""
-    server.behave = lambda n, prompt: verdict({"a": "Green.", "b": "red or blue", "c": "none"}[prompt.split("?")[0][-1]])  # type: ignore[assignment]
+    server.behave = lambda n, prompt: verdict(
+        {"a": "Green.", "b": "red or blue", "c": "none", "d": "It is Nat-gas.", "e": "<"}[prompt.split("?")[0][-1]]
+    )  # type: ignore[assignment]
     model, choices = remote(server.url), ("red", "green", "blue")
     assert isinstance(model, ScoringModel)
     fine, several, none = model.score([ask(name, choices=choices) for name in "abc"])
     assert fine.text == "green" and fine.scores is None and fine.error is None
-    assert "names 2 of the choices" in str(several.error) and "names 0" in str(none.error) and none.usage.calls == 1
+    assert "names 2 of the choices" in several.note and "names 0" in none.note and none.usage.calls == 1
+    assert none.text == "none" and none.error is None  # a wrong answer that was paid for, and is kept
+    gases = model.score([ask("d", choices=("gas", "nat-gas", "<")), ask("e", choices=("gas", "nat-gas", "<"))])
+    assert [answer.text for answer in gases] == ["nat-gas", "<"]
     small = Known("small", SURE)
     assert Shunt(small, model, Confidence(), 2.0).score([ask("a", choices=choices)])[0].text == "green"
     assert Ensemble((small, model, model)).score([ask("a", choices=choices)])[0].text == "green"

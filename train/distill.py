@@ -3,8 +3,9 @@
     python train/distill.py --texts r52 --out runs/classifiers/r52/seed-0
     python train/distill.py --texts r52 --out runs/kd/r52 --recipe eval/suites/systems/ds-r52.yaml --teacher "TF-IDF + LR"
 
-The texts' shares and the seed are those of eval/system.py, so a classifier has never seen what thresholds are chosen on. Without a
-teacher it learns the labelled texts; with one, the teacher's distributions on the unlabelled ones. Killed? The same command goes on.
+The texts' shares (of a recipe that gives a teacher its own, else the usual ones) and the seed are those of eval/system.py, so a classifier
+has never seen what thresholds are chosen on. Without a teacher it learns the labelled texts; with one, the teacher's distributions on the
+unlabelled ones. Killed? The same command goes on.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ from typing import Any
 import torch
 import tyro
 
-from llava_collab.collab.asking import ask
-from llava_collab.collab.builder import Builder
+from llava_collab.collab.builder import Builder, distributions
 from llava_collab.collab.classifier import UpperBlocks
 from llava_collab.collab.distill import STATE, Distiller, Labeler, Targets
 from llava_collab.collab.recipe import load_recipe
 from llava_collab.evaluation.environment import environment
-from llava_collab.evaluation.tasks import text_task
-from llava_collab.files import write_json
+from llava_collab.evaluation.tasks import read_task, text_task
+from llava_collab.files import model_sha256, read_json, write_json
 from llava_collab.models.bases import is_base, prepare
 from llava_collab.models.build import pick_device
 
@@ -78,19 +78,25 @@ def main(args: Args) -> None:
     """Train and save. Raises ValueError with the cure."""
     if (args.recipe is None) != (args.teacher is None):
         raise ValueError("--recipe and --teacher go together: the recipe has the teacher")
+    arguments = {key: str(value) for key, value in asdict(args).items()}
     if (args.out / "training.json").is_file():  # written last
+        if read_json(args.out / "training.json")["arguments"] != arguments:
+            raise ValueError(f"{args.out} holds a training by other arguments (training.json); name another folder")
         print(f"{args.out}: finished before")
         return
-    task = text_task(args.texts, args.seed)
-    choices = task.test[0].choices
     targets: Any
     if args.recipe is not None and args.teacher is not None:
+        recipe = load_recipe(args.recipe)
+        if recipe.data.get("texts") != args.texts:
+            raise ValueError(f"--texts {args.texts}, and {args.recipe} is about {dict(recipe.data)}: a teacher knows its own texts alone")
+        task, _ = read_task(recipe.data, args.seed)
         requests = list(task.unlabelled)
-        teacher = Builder(load_recipe(args.recipe), task=task, folder=args.out / "teacher").model(args.teacher)
-        targets = torch.tensor([answer.scores for answer in ask(teacher, requests, "score")])
+        targets = distributions(Builder(recipe, task=task, folder=args.out / "teacher").model(args.teacher), requests)
     else:
+        task = text_task(args.texts, args.seed)
         requests = [request for request, _ in task.fit]
-        targets = torch.tensor([choices.index(label) for _, label in task.fit])
+        targets = torch.tensor([task.test[0].choices.index(label) for _, label in task.fit])
+    choices = task.test[0].choices
     labeler: Labeler = Targets(targets)
     base = prepare(args.base) if is_base(args.base) else Path(args.base)
     student = UpperBlocks(base, choices, learning=args.learning, tokens=args.tokens, seed=args.seed, device=pick_device(args.device))
@@ -99,11 +105,12 @@ def main(args: Args) -> None:
     )
     student.keep([request.text for request in requests])
     distiller = Distiller(args.steps, args.batch_size, args.lr, weight_decay=0.01, seed=args.seed, bf16=True)
-    learnt = f"{base.name} {args.learning} {args.tokens} {[request.id for request in requests]} {targets.tolist()}"
+    start = model_sha256(base) if base.is_dir() else str(base)
+    learnt = f"{start} {args.learning} {args.tokens} {[request.id for request in requests]} {targets.tolist()}"
     of = hashlib.sha256(learnt.encode()).hexdigest()
     losses = distiller.fit(student, range(len(requests)), labeler, folder=args.out, save_every=args.save_every, of=of)
     student.save(args.out)
-    write_json(args.out / "training.json", environment(arguments={k: str(v) for k, v in asdict(args).items()}, losses=losses))
+    write_json(args.out / "training.json", environment(arguments=arguments, losses=losses))
     (args.out / STATE).unlink(missing_ok=True)
     print(f"{args.out}: the classifier; last losses {', '.join(f'{loss:.3f}' for loss in losses[-3:])}")
 

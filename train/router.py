@@ -58,7 +58,8 @@ class Args:
 def main(args: Args) -> None:
     """Learn, save, print. Raises RecordError or ValueError with the cure."""
     rows = {row["sample_id"]: row for row in read_rows(args.small[0])}
-    shared = sorted(set(rows).intersection(*({row["sample_id"] for row in read_rows(folder)} for folder in (*args.small, *args.large))))
+    answered = [{row["sample_id"] for row in read_rows(folder) if row["score"] is not None} for folder in (*args.small, *args.large)]
+    shared = sorted(set(rows).intersection(*answered))
     if len(shared) < 20:
         raise RecordError(f"the folders share {len(shared)} items; evaluate both models on the same split")
     requests = [Request(name, (Turn("user", rows[name]["prompt"]),)) for name in shared]
@@ -83,11 +84,11 @@ def main(args: Args) -> None:
 
 
 def _qualities(folders: Sequence[Path], names: Sequence[str]) -> Floats:
-    """[M,R] in [0, 1]; a failed answer's is 0."""
+    """[M,R] in [0, 1]."""
     columns = []
     for folder in folders:
-        scores = {row["sample_id"]: (row["score"] or 0.0) / 100 for row in read_rows(folder)}
-        columns.append([scores[name] for name in names])
+        scores = {row["sample_id"]: row["score"] for row in read_rows(folder)}
+        columns.append([scores[name] / 100 for name in names])
     return np.array(columns).T
 
 

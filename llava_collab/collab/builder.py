@@ -30,7 +30,7 @@ from .gates import Confidence, Floats, Gate, Oracle, Random, fit_temperature
 from .hints import Hard, Hint, Soft, Transfer, strong_choices
 from .linear_text import Linear, LinearText, empty_linear_text, fit_linear_text, load_linear_text, right_indices
 from .proxy import Proxy
-from .recipe import CollabError, Recipe, Task, check_names, file_name, keys_of, parts_of
+from .recipe import CollabError, Recipe, Task, budget_of, file_name, gate_of, hint_of, parts_of
 from .recorded import Recorded
 from .remote import Remote
 from .router import Draft, Features, HashedText, Joined, PooledState, Router, fit_router, load_router
@@ -92,14 +92,24 @@ class Builder:
         return self._made[name]
 
     def _check_stored(self, name: str) -> None:
-        """Without a task, what is in the folder has to be of this recipe."""
-        path = self.folder / "systems" / file_name(name) / "system.json" if self.folder and self.task is None else None
-        spec = self.recipe.models.get(name) or self.recipe.systems.get(name)
-        if path is not None and path.is_file() and read_json(path)["spec"] != spec:
-            raise CollabError(f"{self.folder}: {name!r} was measured with other settings than {self.recipe.name} has; measure it again")
+        """Without a task, what is in the folder has to be of this recipe and its data; with one, say what is found from here on."""
+        path = self._found_path(name)
+        if self.task is None and path is not None and path.is_file():
+            kept = read_json(path)
+            if (kept.get("spec"), kept.get("data")) != (self._spec(name), dict(self.recipe.data)):
+                reason = f"was found with other settings or data than {self.recipe.name} has"
+                raise CollabError(f"{self.folder}: {name!r} {reason}; run eval/system.py again")
+        elif self.task is not None and path is not None:
+            write_json(path, {"spec": self._spec(name), "data": dict(self.recipe.data)})
+
+    def _spec(self, name: str) -> Mapping[str, Any] | None:
+        return self.recipe.models.get(name) or self.recipe.systems.get(name)
+
+    def _found_path(self, name: str) -> Path | None:
+        return self.folder / "found" / f"{file_name(name)}.json" if self.folder else None
 
     def identity(self, name: str) -> str:
-        """What decides a model's answers: its settings, the bytes of its weights, and all that of its parts."""
+        """What decides a model's answers: its settings, the bytes of its weights, what it found, and all that of its parts."""
         if name not in self._identities:
             self.model(name)
             spec = self.recipe.models.get(name) or self.recipe.systems[name]
@@ -111,6 +121,8 @@ class Builder:
                 content.append(model_sha256(Path(self._path(spec))) if Path(self._path(spec)).is_dir() else spec["path"])
             names = self.recipe.models.keys() | self.recipe.systems.keys()
             content += [self.identity(part) for part in parts_of(spec) if part in names]
+            if (threshold := self.thresholds.get(name)) is not None:
+                content += [threshold.value, dict(threshold.of)]
             self._identities[name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         return self._identities[name]
 
@@ -178,7 +190,7 @@ class Builder:
         student, teacher = self._bare[spec["student"]], self.model(spec["teacher"])
         if not isinstance(student, LinearText):
             raise CollabError(f"{name}: the student of two-stage distillation has to be a linear text model, not {spec['student']!r}")
-        small_MC, large_MC = (_distributions(model, task.unlabelled) for model in (student, teacher))
+        small_MC, large_MC = (distributions(model, task.unlabelled) for model in (student, teacher))
         order = [task.unlabelled[0].choices.index(label) for label in student.labels]
         limits = {"small_sure": spec.get("small_sure", 0.9), "large_sure": spec.get("large_sure", 0.9)}
         labeler = two_stage_confidence(small_MC[:, order], large_MC[:, order], rehearsal=spec.get("rehearsal", 1.0), **limits)
@@ -196,7 +208,7 @@ class Builder:
         student = empty_linear_text(texts, choices, name, words=spec.get("words"))
         order = [choices.index(label) for label in student.labels]
         if "teacher" in spec:
-            targets_MC = _distributions(self.model(spec["teacher"]), task.unlabelled)[:, order]
+            targets_MC = distributions(self.model(spec["teacher"]), task.unlabelled)[:, order]
             labeler: Labeler = WeakToStrong(targets_MC, spec["alpha"], spec.get("warmup", 0.2)) if "alpha" in spec else Targets(targets_MC)
         else:
             labeler = Targets(torch.tensor(right_indices([task.right[request.id] for request in task.unlabelled], student.labels)))
@@ -224,13 +236,8 @@ class Builder:
         return self._tuned(self._hinting(bare, settings), settings)
 
     def _gate(self, name: str, settings: Mapping[str, Any]) -> Gate:
-        spec = settings.get("gate", "max")
-        spec = (
-            {"kind": spec}
-            if isinstance(spec, str)
-            else keys_of(spec, f"{name}, gate", {"kind", "calibrate", "seed", "features", "path", "epochs"})
-        )
-        kind = spec.get("kind")
+        spec = gate_of(name, settings)
+        kind = spec["kind"]
         if kind in ("max", "margin", "entropy"):
             if not spec.get("calibrate"):
                 return Confidence(kind)
@@ -261,9 +268,7 @@ class Builder:
             if path is not None:
                 router.save(path)
             return router
-        raise CollabError(
-            f"{name}: no gate {kind!r}; there are max, margin, entropy, random, oracle, deterministic, probabilistic, transformed"
-        )
+        raise AssertionError(kind)  # gate_of knows the others
 
     def _features(self, name: str, kind: str | list[str]) -> Features:
         if isinstance(kind, list):
@@ -282,7 +287,7 @@ class Builder:
 
     def _found(self, name: str, what: str, why: str, find: Callable[[Task], Any]) -> Any:
         """What `find` finds on the task's data, kept in the folder; without a task, what was kept there."""
-        path = self.folder / "found" / f"{file_name(name)}.json" if self.folder else None
+        path = self._found_path(name)
         kept = read_json(path) if path is not None and path.is_file() else {}
         if self.task is None and what in kept:
             return kept[what]
@@ -299,11 +304,11 @@ class Builder:
         return fit_temperature(np.array([a.scores for _, a in fine]), np.array([r.choices.index(task.right[r.id]) for r, _ in fine]))
 
     def _hinting(self, bare: Shunt, settings: Mapping[str, Any]) -> Shunt:
-        spec = settings.get("hint")
-        if spec in (None, "none"):
+        spec = hint_of(bare.name, settings)
+        if spec["kind"] == "none":
             return bare
-        if spec == "prior" or (isinstance(spec, Mapping) and spec.get("kind") == "prior"):
-            weight = spec.get("weight") if isinstance(spec, Mapping) else None
+        if spec["kind"] == "prior":
+            weight = spec.get("weight")
             if weight is None:
                 weight = self._found(bare.name, "prior", "has a prior whose weight is fitted", partial(self._prior, bare))
             return replace(bare, prior=float(weight))
@@ -318,58 +323,57 @@ class Builder:
             found.append((-float(large_M[np.argsort(confidence_M, kind="stable")[: len(large_M) // 3]].mean()), weight))
         return min(found)[1]
 
-    def _hint(self, bare: Shunt, settings: Mapping[str, Any], spec: Any) -> Hint:
+    def _hint(self, bare: Shunt, settings: Mapping[str, Any], spec: Mapping[str, Any]) -> Hint:
         name = bare.name
-        spec = (
-            {"kind": spec}
-            if isinstance(spec, str)
-            else keys_of(spec, f"{name}, hint", {"kind", "top", "sure", "share", "model", "question", "template"})
-        )
-        if spec.get("kind") == "soft":
+        if spec["kind"] == "soft":
             return Soft(int(spec.get("top", 3)))
-        if spec.get("kind") == "transfer":
-            check_names(f"{name}, hint", [spec.get("model")], self.recipe.models.keys() | self.recipe.systems.keys())
+        if spec["kind"] == "transfer":
             own = {key: spec[key] for key in ("question", "template") if key in spec}
             return Transfer(self.model(spec["model"]), **own)
-        if spec.get("kind") != "hard":
-            raise CollabError(f"{name}: no hint {spec.get('kind')!r}; there are none, soft, hard, prior and transfer")
         find = partial(self._strong, bare, settings, spec)
         return Hard(frozenset(self._found(name, "strong", "prunes choices that its small model is good at", find)))
 
     def _strong(self, bare: Shunt, settings: Mapping[str, Any], spec: Mapping[str, Any], task: Task) -> list[str]:
-        scores_MN = _distributions(self.model(settings["small"]), task.tuning).double().numpy()
+        scores_MN = distributions(self.model(settings["small"]), task.tuning).double().numpy()
         choices = task.tuning[0].choices
         right = [choices.index(task.right[request.id]) if task.right[request.id] in choices else -1 for request in task.tuning]
         sure = spec.get("sure", 0.9)
         if sure == "threshold":  # what the small model would have answered itself depends on the shunt's own threshold
-            budget = settings.get("threshold")
-            if not isinstance(budget, Mapping) or "traffic" not in budget:
+            budget = budget_of(bare.name, settings)
+            if not isinstance(budget, dict) or "traffic" not in budget:
                 raise CollabError(f"{bare.name}: `sure: threshold` needs a threshold that does not depend on the hint, {{traffic: SHARE}}")
             sure = threshold_for_traffic(confidences(bare, task, task.test), float(budget["traffic"]))
         return sorted(strong_choices(scores_MN, right, choices, float(sure), float(spec.get("share", 0.9))))
 
     def _tuned(self, pair: Shunt | Route, settings: Mapping[str, Any]) -> Model:
-        spec = settings.get("threshold", {"drop": 0.01})
+        spec = budget_of(pair.name, settings)
         if isinstance(spec, int | float):
             return replace(pair, threshold=float(spec))
         hint, prior = getattr(pair, "hint", None), getattr(pair, "prior", 0.0)
         names = self.recipe.models.keys() | self.recipe.systems.keys()
         rest = {key: value for key, value in settings.items() if key not in ("small", "large")}
         others = [self.identity(part) for part in parts_of(rest) if part in names]
-        of = {"gate": _told_apart(pair.gate), "small": self.identity(settings["small"]), "large": self.identity(settings["large"]),
-              "hint": _told_apart(hint) if hint else f"prior {prior:g}" if prior else "none", "other models": " ".join(others)}  # fmt: skip
-        path = Path(spec) if isinstance(spec, str) else self.folder / "thresholds" / f"{file_name(pair.name)}.json" if self.folder else None
-        if path is not None and (isinstance(spec, str) or self.task is None):
+        of = {
+            "gate": _told_apart(pair.gate),
+            "small": self.identity(settings["small"]),
+            "large": self.identity(settings["large"]),
+            "hint": _told_apart(hint) if hint else f"prior {prior:g}" if prior else "none",
+            "other models": " ".join(others),
+            "data": json.dumps(dict(self.recipe.data)),
+        }
+        path = self.folder / "thresholds" / f"{file_name(pair.name)}.json" if self.folder else None
+        if isinstance(spec, str):
+            threshold = load_threshold(Path(spec), of)
+        elif path is not None and self.task is None:
             threshold = load_threshold(path, of)
         else:
             task = self._needs_task(pair.name, "has a threshold that is chosen on validation data")
-            budget = keys_of(spec, f"{pair.name}, threshold", {"drop", "share", "traffic"})
             columns = both_ways(pair, task, task.validation)
-            if "traffic" in budget:
-                value = threshold_for_traffic(confidences(pair, task, task.test), float(budget["traffic"]))
-                threshold = Threshold.at(value, f"at most {budget['traffic']:.0%} of the traffic", *columns, of=of)
+            if "traffic" in spec:
+                value = threshold_for_traffic(confidences(pair, task, task.test), float(spec["traffic"]))
+                threshold = Threshold.at(value, f"at most {spec['traffic']:.0%} of the traffic", *columns, of=of)
             else:
-                threshold = choose_threshold(*columns, of=of, **budget)
+                threshold = choose_threshold(*columns, of=of, **spec)
             if path is not None:
                 threshold.save(path)
         self.thresholds[pair.name] = threshold
@@ -393,7 +397,7 @@ def qualities(task: Task, requests: Sequence[Request], answers: Sequence[Answer]
     return np.array([0.0 if answer.error is not None else task.quality(request.id, answer) for request, answer in pairs])
 
 
-def _distributions(model: Model, requests: Sequence[Request]) -> torch.Tensor:
+def distributions(model: Model, requests: Sequence[Request]) -> torch.Tensor:
     """Float [M,C] over the requests' choices. Raises CollabError where the model gave none."""
     answers = ask(model, requests, "score")
     if without := [answer for answer in answers if answer.scores is None]:

@@ -56,7 +56,7 @@ class Confidence:
         return [self._of(draft) for draft in drafts]
 
     def _of(self, draft: Answer) -> float:
-        if draft.scores is None and draft.likelihood is not None and self.kind == "max":
+        if draft.scores is None and draft.likelihood is not None and self.kind == "max" and self.temperature == 1.0:
             return draft.likelihood
         if draft.scores is None:
             raise ValueError(

@@ -50,6 +50,14 @@ _REQUIRED: Mapping[str, set[str]] = {
     "network": {"path"}, "classifier": {"path"}, "remote": {"endpoint", "model"}, "two-stage": {"student", "teacher"},
     "shunt": {"small", "large"}, "route": {"small", "large"}, "ensemble": {"models"}, "proxy": {"base", "expert", "anti"},
 }  # fmt: skip
+_GATES: Mapping[str, set[str]] = {
+    **dict.fromkeys(("max", "margin", "entropy"), {"calibrate"}),
+    **dict.fromkeys(("deterministic", "probabilistic", "transformed"), {"features", "path", "epochs"}),
+    "random": {"seed"}, "oracle": set(),
+}  # fmt: skip
+_HINTS: Mapping[str, set[str]] = {
+    "none": set(), "soft": {"top"}, "hard": {"sure", "share"}, "prior": {"weight"}, "transfer": {"model", "question", "template"}
+}  # fmt: skip
 _PARTS = {"small", "large", "base", "expert", "anti", "models", "model", "hinted_by", "student", "teacher", "features"}
 
 
@@ -107,6 +115,10 @@ def load_recipe(path: Path, tools: Sequence[str] = ()) -> Recipe:
             raise CollabError(f"{where}: no kind {kind!r}; there are {', '.join([*_KINDS, *tools])}")
         _required(where, str(kind), keys_of(spec, where, {"kind", *_KINDS.get(str(kind), set())}))
         check_names(where, [spec[key] for key in ("hinted_by", "student", "teacher") if key in spec], names)
+        if "hinted_by" in spec and models.get(spec["hinted_by"], {}).get("kind") not in KINDS:
+            raise CollabError(
+                f"{where}: hinted_by has to be a leaf that is fitted in folds ({', '.join(KINDS)}), not {spec['hinted_by']!r}"
+            )
     for name, spec in systems.items():
         where = f"{path}, system {name!r}"
         if len(keys_of(spec, where)) != 1 or next(iter(spec)) not in _SYSTEMS:
@@ -117,6 +129,7 @@ def load_recipe(path: Path, tools: Sequence[str] = ()) -> Recipe:
             settings.get(key) for key in ("small", "large", "base", "expert", "anti") if key in _SYSTEMS[kind]
         ]
         check_names(where, parts, names)
+        _check_pair(where, settings, names)
     pair = keys_of(raw["pair"], f"{path}, pair", {"small", "large"}) if raw.get("pair") else None
     if pair:
         check_names(f"{path}, pair", [pair.get("small"), pair.get("large")], names)
@@ -124,6 +137,42 @@ def load_recipe(path: Path, tools: Sequence[str] = ()) -> Recipe:
         str(raw.get("name") or path.stem), models, systems, dict(raw.get("data") or {}),
         (pair["small"], pair["large"]) if pair else None, str(raw.get("note") or ""),
     )  # fmt: skip
+
+
+def gate_of(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A pair's gate with its `kind` and settings. Raises CollabError for a kind or setting that there is not."""
+    return _kinded(f"{where}, gate", settings.get("gate", "max"), _GATES)
+
+
+def hint_of(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A shunt's hint, as `gate_of`."""
+    return _kinded(f"{where}, hint", settings.get("hint") or "none", _HINTS)
+
+
+def budget_of(where: str, settings: Mapping[str, Any]) -> float | str | dict[str, float]:
+    """A pair's threshold: a number, a file, or one budget. Raises CollabError."""
+    spec = settings.get("threshold", {"drop": 0.01})
+    if isinstance(spec, int | float | str):
+        return spec
+    budget = keys_of(spec, f"{where}, threshold", {"drop", "share", "traffic"})
+    if len(budget) != 1 or not isinstance(next(iter(budget.values())), int | float):
+        raise CollabError(f"{where}, threshold: one budget, drop, share or traffic, as a number; found {budget}")
+    return budget
+
+
+def _kinded(where: str, spec: Any, kinds: Mapping[str, set[str]]) -> dict[str, Any]:
+    spec = {"kind": spec} if isinstance(spec, str) else keys_of(spec, where)
+    if spec.get("kind") not in kinds:
+        raise CollabError(f"{where}: no kind {spec.get('kind')!r}; there are {', '.join(kinds)}")
+    return keys_of(spec, where, {"kind", *kinds[spec["kind"]]})
+
+
+def _check_pair(where: str, settings: Mapping[str, Any], names: Any) -> None:
+    features = gate_of(where, settings).get("features", [])
+    check_names(f"{where}, features", features if isinstance(features, list) else [features], names | {"text", "draft"})
+    hint = hint_of(where, settings)
+    check_names(f"{where}, hint", [hint.get("model")] if hint["kind"] == "transfer" else [], names)
+    budget_of(where, settings)
 
 
 def _required(where: str, kind: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -35,20 +35,21 @@ class Remote:
             return list(pool.map(self._one, requests))
 
     def score(self, requests: Sequence[Request]) -> list[Answer]:
-        """The choice that each reply names; a reply that names none, or several, is an answer with `error`, and paid for."""
+        """The choice that each reply names; a reply that names none, or several, stands as it is, and `note` says so: it was paid for."""
         for request in requests:
             check_choices(request)
         return [self._named(request, answer) for request, answer in zip(requests, self.generate(requests), strict=True)]
 
     def _named(self, request: Request, answer: Answer) -> Answer:
-        if answer.error is not None:
-            return answer
-        said = _plain(answer.text)
-        same = [choice for choice in request.choices if _plain(choice) == said]
-        named = same or [choice for choice in request.choices if f" {_plain(choice)} " in f" {said} "]
-        if len(named) == 1:
+        said = answer.text.strip()
+        if answer.error is not None or said in request.choices:
+            return replace(answer, text=said)
+        plain = f" {_plain(said)} "
+        found = [choice for choice in request.choices if _plain(choice) and f" {_plain(choice)} " in plain]
+        named = [one for one in found if not any(one != other and f" {_plain(one)} " in f" {_plain(other)} " for other in found)]
+        if len(named) == 1:  # "nat gas" names gas no more
             return replace(answer, text=named[0])
-        return replace(answer, text="", error=f"{request.id}: {answer.text[:80]!r} names {len(named)} of the choices")
+        return replace(answer, note="; ".join(filter(None, [answer.note, f"the reply names {len(named)} of the choices"])))
 
     def _one(self, request: Request) -> Answer:
         start = time.perf_counter()

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from llava_collab.collab.asking import ask
 from llava_collab.collab.builder import Builder, both_ways
 from llava_collab.collab.compose import Route, Shunt
-from llava_collab.collab.recipe import CollabError, Task, file_name
+from llava_collab.collab.recipe import CollabError, Task, file_name, gate_of
 from llava_collab.data.chance import unit_interval
 from llava_collab.data.samples import Sample
 from llava_collab.evaluation import curves
@@ -164,16 +164,20 @@ class System:
         if not self.curves or self.about[0].get("nested"):
             return None
         columns = {
-            key: np.array([np.nan_to_num(np.array(stored[key], dtype=float), nan=-1.0) for stored in self.curves])
+            key: np.array([[-np.inf if value is None else value for value in stored[key]] for stored in self.curves])
             for key in ("confidence", "small", "large")
         }
         return curves.curve(columns["confidence"].ravel(), 100 * columns["small"].ravel(), 100 * columns["large"].ravel())
 
-    def gate(self) -> tuple[float | None, float]:
-        """AUROC of "the small model is right" (score of one half or more) and calibration error, of the gate's confidences."""
-        confidence = np.concatenate([[-1.0 if c is None else c for c in stored["confidence"]] for stored in self.curves])
-        right = np.concatenate([(np.array(stored["small"]) >= 0.5).astype(float) for stored in self.curves])
-        return curves.auroc(confidence, right), curves.calibration_error(np.clip(confidence, 0, 1), right)
+    def gate(self) -> tuple[float | None, float | None]:
+        """AUROC of "the small model's answer is no worse than the large one's", which every gate is to tell; and, of a gate that is the
+        small model's largest probability, its calibration error against "the small model is right" (a score of one half or more)."""
+        confidence = np.concatenate([[-np.inf if c is None else c for c in stored["confidence"]] for stored in self.curves])
+        small, large = (np.concatenate([stored[key] for stored in self.curves]) for key in ("small", "large"))
+        area = curves.auroc(confidence, (small >= large).astype(float))
+        if gate_of(self.name, next(iter(self.about[0]["spec"].values())))["kind"] != "max":
+            return area, None
+        return area, curves.calibration_error(np.clip(confidence, 0, 1), (small >= 0.5).astype(float))
 
 
 def read_systems(run: Path, names: Sequence[str] = (), seeds: Sequence[int] | None = None) -> list[System]:
@@ -274,17 +278,19 @@ def domain_table(systems: Sequence[System], small: str, sure: float = 0.9) -> Ta
     domains = [{row["sample_id"] for row in rows if max(row["choice_scores"]) >= sure} for rows in own.seeds]
     lines, plain = [], []
     for system in systems:
-        figures: dict[str, float | Interval] = {}
+        figures: dict[str, float | Interval | None] = {}
         for name, inside in (("own domain", True), ("elsewhere", False)):
             mask_SN = np.array(
                 [[(row["sample_id"] in ids) == inside for row in rows] for rows, ids in zip(system.seeds, domains, strict=True)]
             )
             score_SN, before_SN = (np.array([[row["score"] or 0.0 for row in rows] for rows in of.seeds]) for of in (system, own))
-            if mask_SN.any():
-                figures[name] = float(score_SN[mask_SN].mean())
-                figures[f"{name}, minus before"] = masked(score_SN - before_SN, mask_SN)
-        plain += [_figure(system.name, name, value) for name, value in figures.items()]
-        cells = [f"{v.mean:+.2f} [{v.low:+.2f}, {v.high:+.2f}]" if isinstance(v, Interval) else f"{v:.2f}" for v in figures.values()]
+            figures[name] = float(score_SN[mask_SN].mean()) if mask_SN.any() else None
+            figures[f"{name}, minus before"] = masked(score_SN - before_SN, mask_SN) if mask_SN.any() else None
+        plain += [_figure(system.name, name, value) for name, value in figures.items() if value is not None]
+        cells = [
+            "" if v is None else f"{v.mean:+.2f} [{v.low:+.2f}, {v.high:+.2f}]" if isinstance(v, Interval) else f"{v:.2f}"
+            for v in figures.values()
+        ]
         lines.append([system.name, *cells])
     share = sum(map(len, domains)) / sum(map(len, own.seeds))
     title = f"Quality on {small}'s own domain (it is sure, at {sure:g} or above: {share:.1%} of the requests) and elsewhere"

@@ -18,7 +18,7 @@ def make_tool(kind: str, suited: Suited | None, name: str, settings: Mapping[str
     """The leaf `name` of a recipe. Raises ValueError for settings, or a task of texts."""
     keyed(settings, name, set())
     if suited is None:
-        raise ValueError(f"{name}: {kind} answers questions of a suite, and this recipe's data are texts")
+        raise ValueError(f"{name}: {kind} is told a suite's own questions and answers no others; name a system without it (--system)")
     return BASELINES[kind](
         suited.of("train"), [sample for split in ("tuning", "validation", "test") for sample in suited.of(split)], suited.scorer, name
     )
