@@ -151,7 +151,7 @@ def test_a_killed_training_goes_on_to_the_same_result(tmp_path: Path) -> None:
     again = Plain(4, 2, seed=9)  # its own weights do not matter
     assert distiller.fit(again, inputs, Targets(labels), folder=tmp_path, save_every=10, quiet=True) == losses
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="of another training: distiller"):
         Distiller(steps=41, batch_size=8, seed=5).fit(again, inputs, Targets(labels), folder=tmp_path, save_every=10, quiet=True)
     with pytest.raises(ValueError, match="another student"):
         distiller.fit(torch.nn.Sequential(Plain(4, 2)), inputs, Targets(labels), folder=tmp_path, save_every=10, quiet=True)

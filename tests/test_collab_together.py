@@ -13,6 +13,7 @@ from running import ROOT
 from synthetic import write_shapes
 from transformers import LlamaForCausalLM
 
+from llava_collab.collab import together
 from llava_collab.collab.distill import TokenStudent
 from llava_collab.collab.router import HashedText, load_router
 from llava_collab.collab.together import Together, sample_losses
@@ -72,6 +73,35 @@ def test_the_gate_learns_who_is_good_at_what_and_a_price_moves_it() -> None:
         assert steps[-1].small < steps[0].small
         shares[cost] = steps[-1].asked_small
     assert shares[100.0] > 0.9 and shares[100.0] > shares[0.0]
+
+
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, features = samples(12)
+    how, plain = Together(steps=6, batch_size=4, small_lr=1e-3, large_lr=1e-3), together.sample_losses
+
+    def trained(**options: Any) -> tuple[list[together.Step], list[torch.Tensor]]:
+        small, large, gate = student(1), student(2), torch.nn.Linear(2, 1)
+        for parameter in gate.parameters():
+            torch.nn.init.zeros_(parameter)
+        steps = how.fit(small, large, gate, rows, rows, features, quiet=True, **options)
+        return steps, [p.detach().clone() for module in (small, large, gate) for p in module.parameters()]
+
+    calls = iter(range(100))
+
+    def dying(*arguments: Any) -> torch.Tensor:
+        if next(calls) == 6:  # in the fourth step, after the save of the second
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(together, "sample_losses", dying)
+    with pytest.raises(KeyboardInterrupt):
+        trained(folder=tmp_path, save_every=2)
+    monkeypatch.setattr(together, "sample_losses", plain)
+    with pytest.raises(ValueError, match="of another training: of is"):
+        trained(folder=tmp_path, save_every=2, of="other data")
+    (steps, gone_on), (expected, straight) = trained(folder=tmp_path, save_every=2), trained()
+    assert steps == expected and len(steps) == 6
+    assert all(torch.equal(one, other) for one, other in zip(gone_on, straight, strict=True))
 
 
 def test_rows_have_to_be_of_the_same_samples() -> None:

@@ -4,11 +4,12 @@
     python train/together.py --small runs/small-llava/model --large checkpoints/hyperllava-smol --out runs/apart --apart
 
 Writes OUT/small and OUT/large (model folders), OUT/router.safetensors and OUT/log.jsonl. A recipe puts them together again:
-`route: {small: ..., large: ..., gate: {kind: deterministic, path: OUT/router.safetensors}}`.
+`route: {small: ..., large: ..., gate: {kind: deterministic, path: OUT/router.safetensors}}`. Killed? The same command goes on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import tyro
 
-from llava_collab.collab.distill import TokenStudent
+from llava_collab.collab.distill import STATE, TokenStudent
 from llava_collab.collab.router import HashedText, Router
 from llava_collab.collab.together import Together
 from llava_collab.data.collate import Collator
@@ -26,7 +27,7 @@ from llava_collab.data.samples import Sample, read_samples
 from llava_collab.evaluation.environment import environment
 from llava_collab.evaluation.evaluator import choose
 from llava_collab.evaluation.records import dump
-from llava_collab.files import read_json, write_json, write_text
+from llava_collab.files import model_sha256, read_json, write_json, write_text
 from llava_collab.models.build import feature_cache, load, pick_device
 
 
@@ -73,6 +74,9 @@ class Args:
     seed: int = 0
     """Chooses samples, draws their order."""
 
+    save_every: int = 50
+    """Steps between two saves that a killed training goes on from."""
+
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
@@ -104,7 +108,9 @@ def main(args: Args) -> None:
     how = Together(
         args.steps, args.batch_size, args.small_lr, args.large_lr, cost=args.cost, keep=args.keep, joint=not args.apart, seed=args.seed
     )
-    steps = how.fit(small, large, gate, small_rows, large_rows, features_MF)
+    learnt = [model_sha256(args.small), model_sha256(args.large), *(sample.id for sample in samples)]
+    of = hashlib.sha256(" ".join(learnt).encode()).hexdigest()
+    steps = how.fit(small, large, gate, small_rows, large_rows, features_MF, folder=args.out, save_every=args.save_every, of=of)
     write_text(args.out / "log.jsonl", "".join(dump(asdict(step)) for step in steps))
     for student, name in ((small, "small"), (large, "large")):
         student.network.save_pretrained(args.out / name)
@@ -115,6 +121,7 @@ def main(args: Args) -> None:
     )
     router.save(args.out / "router.safetensors")
     write_json(args.out / "training.json", environment(arguments=arguments))
+    (args.out / STATE).unlink(missing_ok=True)
     last = steps[-20:]
     means = [sum(getattr(step, key) for step in last) / len(last) for key in ("small", "large", "asked_small")]
     print(f"{args.out}: losses of small and large {means[0]:.3f}, {means[1]:.3f}; the gate asks the small one for {means[2]:.1%}")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -215,7 +215,8 @@ class Distiller:
             raise ValueError("nothing to learn from: no rows")
         parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, weight_decay=self.weight_decay)
-        losses = self._resume(folder, parameters, optimizer, of) if folder is not None and save_every else []
+        kept, same = folder / STATE if folder is not None and save_every else None, {"distiller": json.dumps(asdict(self)), "of": of}
+        losses = json.loads(load_state(kept, parameters, optimizer, same).get("losses", "[]")) if kept is not None else []
         student.train()
         with tqdm(total=self.steps, initial=len(losses), desc="distil", unit="step", disable=quiet) as bar:
             for step in range(len(losses), self.steps):
@@ -224,8 +225,8 @@ class Distiller:
                 losses.append(self._step(student, inputs, labeler, optimizer, step))
                 bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
                 bar.update()
-                if folder is not None and save_every and (step + 1) % save_every == 0:
-                    self._save(folder, parameters, optimizer, losses, of)
+                if kept is not None and (step + 1) % save_every == 0:
+                    save_state(kept, parameters, optimizer, same | {"losses": json.dumps(losses)})
         student.eval()
         return losses
 
@@ -255,37 +256,38 @@ class Distiller:
         optimizer.step()
         return float(loss.detach())
 
-    def _save(
-        self, folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, losses: list[float], of: str
-    ) -> None:
-        """One file, so that a kill leaves the old one or the new one."""
-        tensors = {f"parameter.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
-        for name, p in parameters.items():
-            tensors |= {f"{key}.{name}": torch.as_tensor(value).detach().cpu().contiguous() for key, value in optimizer.state[p].items()}
-        write_bytes(folder / STATE, save(tensors, {"distiller": json.dumps(asdict(self)), "of": of, "losses": json.dumps(losses)}))
 
-    def _resume(self, folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, of: str) -> list[float]:
-        path = folder / STATE
-        if not path.is_file():
-            return []
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata()
-        if json.loads(about["distiller"]) != asdict(self):
-            raise ValueError(f"{path} is of a training with other settings: {about['distiller']}; delete it, or name another folder")
-        if about.get("of", "") != of:
-            raise ValueError(f"{path} is of a training on other data, or by another teacher; delete it, or name another folder")
-        tensors = load_file(path)
-        stored = {key.removeprefix("parameter.") for key in tensors if key.startswith("parameter.")}
-        if stored != parameters.keys():
-            raise ValueError(
-                f"{path} is of another student: {sorted(stored ^ parameters.keys())[0]!r} differs; delete it, or name another folder"
-            )
-        for name, p in parameters.items():
-            p.data.copy_(tensors[f"parameter.{name}"])
-            optimizer.state[p] = {
-                key: tensors[f"{key}.{name}"].to(p.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-        return list(json.loads(about["losses"]))
+def save_state(
+    path: Path, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, about: Mapping[str, str]
+) -> None:
+    """What learns, its moments, and `about` in one file, so that a kill leaves the old one or the new one."""
+    tensors = {f"parameter.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
+    for name, p in parameters.items():
+        tensors |= {f"{key}.{name}": torch.as_tensor(value).detach().cpu().contiguous() for key, value in optimizer.state[p].items()}
+    write_bytes(path, save(tensors, dict(about)))
+
+
+def load_state(
+    path: Path, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, same: Mapping[str, str]
+) -> dict[str, str]:
+    """Put back what `save_state` wrote; its `about`, or nothing where there is no file. Raises ValueError where `about` has other values
+    than `same`, or where something else learns."""
+    if not path.is_file():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+    cure = "delete it, or name another folder"
+    if differ := sorted(key for key, value in same.items() if about.get(key) != value):
+        raise ValueError(f"{path} is of another training: {differ[0]} is {about.get(differ[0])!r} there, {same[differ[0]]!r} here; {cure}")
+    tensors = load_file(path)
+    stored = {key.removeprefix("parameter.") for key in tensors if key.startswith("parameter.")}
+    if stored != parameters.keys():
+        raise ValueError(f"{path} is of another student: {sorted(stored ^ parameters.keys())[0]!r} differs; {cure}")
+    for name, p in parameters.items():
+        p.data.copy_(tensors[f"parameter.{name}"])
+        moments = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]  # none where no gradient ever came
+        optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device if key != "step" else "cpu") for key in moments}
+    return dict(about)
 
 
 def rows_of(step: int, batch_size: int, count: int, seed: int) -> Tensor:

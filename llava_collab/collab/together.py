@@ -12,8 +12,10 @@ Shapes: B samples, S supervised tokens, F features.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .distill import TokenStudent, rate, rows_of
+from .distill import STATE, TokenStudent, load_state, rate, rows_of, save_state
 
 
 @dataclass(frozen=True)
@@ -62,26 +64,34 @@ class Together:
         large_rows: Sequence[Any],
         features_MF: Tensor,
         *,
+        folder: Path | None = None,
+        save_every: int = 0,
+        of: str = "",
         quiet: bool = False,
     ) -> list[Step]:
         """Train in place what requires gradients of the three. The rows are the same samples, as each model's processor encodes them, and
-        `features_MF` what the gate sees of them; `gate` maps [B,F] to [B,1].
+        `features_MF` what the gate sees of them; `gate` maps [B,F] to [B,1]. With `folder` and `save_every` (steps), the same call after
+        a kill goes on from the last save; `of` tells apart what the settings here do not: data and models.
 
-        Raises ValueError for rows that do not match, and for a loss that is not finite, before the update.
+        Raises ValueError for rows that do not match, for a folder of another training, and, before the update, for an infinite loss.
         """
         if not (len(small_rows) == len(large_rows) == len(features_MF)) or not len(small_rows):
             raise ValueError(
                 f"{len(small_rows)} and {len(large_rows)} rows with {len(features_MF)} features: all have to be of the same samples"
             )
-        groups = []
-        for module, lr in ((small, self.small_lr), (large, self.large_lr), (gate, self.gate_lr)):
-            if own := [p for p in module.parameters() if p.requires_grad]:
-                groups.append({"params": own, "lr": lr, "highest": lr})
+        groups, learning = [], {}
+        for name, module, lr in (("small", small, self.small_lr), ("large", large, self.large_lr), ("gate", gate, self.gate_lr)):
+            if own := {f"{name}.{key}": p for key, p in module.named_parameters() if p.requires_grad}:
+                groups.append({"params": list(own.values()), "lr": lr, "highest": lr})
+                learning |= own
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        kept, same = folder / STATE if folder is not None and save_every else None, {"together": json.dumps(asdict(self)), "of": of}
+        about = load_state(kept, learning, optimizer, same) if kept is not None else {}
+        steps = [Step(**step) for step in json.loads(about.get("steps", "[]"))]
         small.train()
         large.train()
-        steps = []
-        for step in tqdm(range(self.steps), desc="together" if self.joint else "apart", unit="step", disable=quiet):
+        whole, name = range(len(steps), self.steps), "together" if self.joint else "apart"
+        for step in tqdm(whole, desc=name, unit="step", initial=len(steps), total=self.steps, disable=quiet):
             rows = rows_of(step, self.batch_size, len(small_rows), self.seed).tolist()
             for group in optimizer.param_groups:
                 group["lr"] = group["highest"] * rate(step, self.steps, self.warmup)
@@ -100,6 +110,8 @@ class Together:
                 torch.nn.utils.clip_grad_norm_(group["params"], self.clip_norm)
             optimizer.step()
             steps.append(Step(*(float(value.detach().mean()) for value in (small_B, large_B, g_B, loss))))
+            if kept is not None and (step + 1) % save_every == 0:
+                save_state(kept, learning, optimizer, same | {"steps": json.dumps([asdict(step) for step in steps])})
         small.eval()
         large.eval()
         return steps
