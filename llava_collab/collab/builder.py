@@ -146,7 +146,16 @@ class Builder:
             return self.tools[kind](name, spec)
         if kind == "network":
             dtype = None if spec.get("dtype") is None else getattr(torch, spec["dtype"])
-            return open_single(self._path(spec), name, device=self.device, dtype=dtype, template=spec.get("template"))
+            single = open_single(self._path(spec), name, device=self.device, dtype=dtype, template=spec.get("template"))
+            if spec.get("feature_cache") and self.task is not None:  # without a task pictures come as they come
+                from ..models.build import feature_cache
+
+                if not hasattr(single.processor, "feature_cache"):
+                    raise CollabError(f"{name}: feature_cache is for LLaVA models; leave it out")
+                asked = [*self.task.tuning, *self.task.validation, *self.task.test]
+                images = [image for request in asked for image in request.images]
+                single.processor.feature_cache = feature_cache(single.network, single.processor, images, self.batch_size)
+            return single
         if kind == "classifier":
             return Classifier(self._path(spec), name, device=self.device, bf16=bool(spec.get("bf16", True)))
         if kind == "remote":

@@ -33,7 +33,7 @@ class CollabError(ValueError):
 keys_of = partial(keyed, error=CollabError)
 _PAIR = {"small", "large", "gate", "threshold", "degrade"}
 _KINDS: Mapping[str, set[str]] = {
-    "network": {"path", "dtype", "template"},
+    "network": {"path", "dtype", "template", "feature_cache"},
     "classifier": {"path", "bf16"},
     "remote": {"endpoint", "model", "price_in", "price_out", "timeout", "attempts", "parallel"},
     **dict.fromkeys(KINDS, {"words", "smoothing", "strength", "hinted_by", "folds"}),
