@@ -53,7 +53,7 @@ def routing_targets(form: Form, small_MR: Floats, large_MR: Floats) -> tuple[Flo
 
 def best_relaxation(gaps_MP: Floats, candidates: int = 200) -> float:
     """t* >= 0 of the largest mean |y_i(t) - y_j(t)| over pairs of requests; the smallest of several. Searched among the observed gaps."""
-    observed = np.unique(np.maximum(0.0, -gaps_MP))
+    observed = np.unique(np.maximum(0.0, -gaps_MP)) + 0.0  # no negative zero
     grid = np.unique(np.quantile(observed, np.linspace(0, 1, candidates), method="nearest"))
     spreads = [_spread(_reaches(gaps_MP, t)) for t in grid]
     return float(grid[int(np.argmax(np.round(spreads, 12)))])
