@@ -128,4 +128,8 @@ def test_the_program_leaves_models_and_a_router(tmp_path: Path, apart: bool) -> 
     for name in ("small", "large"):
         moved = {key for key, value in after[name].items() if not torch.equal(value, before[name][key])}
         assert moved and all(("expert" in key) if name == "large" else ("vision_tower" not in key) for key in moved)
+    again = subprocess.run([sys.executable, "train/together.py", *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and "finished before" in again.stdout
+    other = subprocess.run([sys.executable, "train/together.py", *command, "--seed", "7"], cwd=ROOT, capture_output=True, text=True)
+    assert other.returncode == 1 and "by other arguments" in other.stderr
     assert len((tmp_path / "out/log.jsonl").read_text().splitlines()) == 3

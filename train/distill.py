@@ -21,11 +21,11 @@ import tyro
 
 from llava_collab.collab.builder import Builder, distributions
 from llava_collab.collab.classifier import UpperBlocks
-from llava_collab.collab.distill import STATE, Distiller, Labeler, Targets
+from llava_collab.collab.distill import STATE, TRAINED, Distiller, Labeler, Targets, finished_before
 from llava_collab.collab.recipe import load_recipe
 from llava_collab.evaluation.environment import environment
 from llava_collab.evaluation.tasks import read_task, text_task
-from llava_collab.files import model_sha256, read_json, write_json
+from llava_collab.files import model_sha256, write_json
 from llava_collab.models.bases import is_base, prepare
 from llava_collab.models.build import pick_device
 
@@ -79,10 +79,7 @@ def main(args: Args) -> None:
     if (args.recipe is None) != (args.teacher is None):
         raise ValueError("--recipe and --teacher go together: the recipe has the teacher")
     arguments = {key: str(value) for key, value in asdict(args).items()}
-    if (args.out / "training.json").is_file():  # written last
-        if read_json(args.out / "training.json")["arguments"] != arguments:
-            raise ValueError(f"{args.out} holds a training by other arguments (training.json); name another folder")
-        print(f"{args.out}: finished before")
+    if finished_before(args.out, arguments):
         return
     targets: Any
     if args.recipe is not None and args.teacher is not None:
@@ -110,7 +107,7 @@ def main(args: Args) -> None:
     of = hashlib.sha256(learnt.encode()).hexdigest()
     losses = distiller.fit(student, range(len(requests)), labeler, folder=args.out, save_every=args.save_every, of=of)
     student.save(args.out)
-    write_json(args.out / "training.json", environment(arguments=arguments, losses=losses))
+    write_json(args.out / TRAINED, environment(arguments=arguments, losses=losses))
     (args.out / STATE).unlink(missing_ok=True)
     print(f"{args.out}: the classifier; last losses {', '.join(f'{loss:.3f}' for loss in losses[-3:])}")
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import tyro
 
-from llava_collab.collab.distill import STATE, TokenStudent
+from llava_collab.collab.distill import STATE, TRAINED, TokenStudent, finished_before
 from llava_collab.collab.router import HashedText, Router
 from llava_collab.collab.together import Together
 from llava_collab.data.collate import Collator
@@ -27,7 +27,7 @@ from llava_collab.data.samples import Sample, read_samples
 from llava_collab.evaluation.environment import environment
 from llava_collab.evaluation.evaluator import choose
 from llava_collab.evaluation.records import dump
-from llava_collab.files import model_sha256, read_json, write_json, write_text
+from llava_collab.files import model_sha256, write_json, write_text
 from llava_collab.models.build import feature_cache, load, pick_device
 
 
@@ -84,10 +84,7 @@ class Args:
 def main(args: Args) -> None:
     """Train and save. Raises ValueError or FileNotFoundError with the cure."""
     arguments = {key: str(value) for key, value in asdict(args).items()}
-    if (args.out / "training.json").is_file():  # written last
-        if read_json(args.out / "training.json")["arguments"] != arguments:
-            raise ValueError(f"{args.out} holds a training by other arguments (training.json); name another folder")
-        print(f"{args.out}: finished before")
+    if finished_before(args.out, arguments):
         return
     samples = [sample for sample in read_samples(args.data) if sample.turns[-1].role == "assistant"]
     samples = choose(samples, args.samples_per_category, args.seed)
@@ -120,7 +117,7 @@ def main(args: Args) -> None:
         features, gate.weight[0].detach().cpu().clone(), float(gate.bias.detach()), "apart" if args.apart else "together", about
     )
     router.save(args.out / "router.safetensors")
-    write_json(args.out / "training.json", environment(arguments=arguments))
+    write_json(args.out / TRAINED, environment(arguments=arguments))
     (args.out / STATE).unlink(missing_ok=True)
     last = steps[-20:]
     means = [sum(getattr(step, key) for step in last) / len(last) for key in ("small", "large", "asked_small")]

@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..files import write_bytes
+from ..files import read_json, write_bytes
 
-STATE = "distil.safetensors"
+STATE, TRAINED = "distil.safetensors", "training.json"
 
 
 @dataclass(frozen=True)
@@ -255,6 +255,16 @@ class Distiller:
         torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         optimizer.step()
         return float(loss.detach())
+
+
+def finished_before(folder: Path, arguments: Mapping[str, str]) -> bool:
+    """Whether TRAINED, which a program writes last, is there; says so. Raises ValueError where it is of other arguments."""
+    if not (folder / TRAINED).is_file():
+        return False
+    if read_json(folder / TRAINED)["arguments"] != arguments:
+        raise ValueError(f"{folder} holds a training by other arguments ({TRAINED}); name another folder")
+    print(f"{folder}: finished before")
+    return True
 
 
 def save_state(
