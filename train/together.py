@@ -11,24 +11,22 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
 
-from llava_collab.collab.distill import STATE, TRAINED, TokenStudent, finished_before
+from llava_collab.collab.distill import STATE, TRAINED, finished_before
 from llava_collab.collab.router import HashedText, Router
+from llava_collab.collab.students import LlavaStudent
 from llava_collab.collab.together import Together
-from llava_collab.data.collate import Collator
-from llava_collab.data.samples import Sample, read_samples
+from llava_collab.data.samples import read_samples
 from llava_collab.evaluation.environment import environment
 from llava_collab.evaluation.evaluator import choose
 from llava_collab.evaluation.records import dump
 from llava_collab.files import model_sha256, write_json, write_text
-from llava_collab.models.build import feature_cache, load, pick_device
+from llava_collab.models.build import pick_device
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,8 @@ def main(args: Args) -> None:
     samples = [sample for sample in read_samples(args.data) if sample.turns[-1].role == "assistant"]
     samples = choose(samples, args.samples_per_category, args.seed)
     device = pick_device(args.device)
-    (small, small_rows), (large, large_rows) = (_student(folder, samples, device) for folder in (args.small, args.large))
+    images = [image for sample in samples for image in sample.images]
+    small, large = (LlavaStudent(folder, images, device) for folder in (args.small, args.large))
     small.network.requires_grad_(True)
     small.network.model.vision_tower.requires_grad_(False)
     large.network.requires_grad_(False)
@@ -107,11 +106,10 @@ def main(args: Args) -> None:
     )
     learnt = [model_sha256(args.small), model_sha256(args.large), *(sample.id for sample in samples)]
     of = hashlib.sha256(" ".join(learnt).encode()).hexdigest()
-    steps = how.fit(small, large, gate, small_rows, large_rows, features_MF, folder=args.out, save_every=args.save_every, of=of)
+    steps = how.fit(small, large, gate, samples, features_MF, folder=args.out, save_every=args.save_every, of=of)
     write_text(args.out / "log.jsonl", "".join(dump(asdict(step)) for step in steps))
     for student, name in ((small, "small"), (large, "large")):
-        student.network.save_pretrained(args.out / name)
-        student.processor.save_pretrained(args.out / name)
+        student.save(args.out / name)
     about: dict[str, object] = {"how": asdict(how), "asked_small": steps[-1].asked_small}
     router = Router(
         features, gate.weight[0].detach().cpu().clone(), float(gate.bias.detach()), "apart" if args.apart else "together", about
@@ -122,23 +120,6 @@ def main(args: Args) -> None:
     last = steps[-20:]
     means = [sum(getattr(step, key) for step in last) / len(last) for key in ("small", "large", "asked_small")]
     print(f"{args.out}: losses of small and large {means[0]:.3f}, {means[1]:.3f}; the gate asks the small one for {means[2]:.1%}")
-
-
-class _Learner(TokenStudent):
-    """A student that keeps its processor, to be saved with it."""
-
-    network: Any
-    processor: Any
-
-
-def _student(folder: Path, samples: Sequence[Sample], device: torch.device) -> tuple[_Learner, list[dict[str, Any]]]:
-    network, processor = load(folder, dtype=torch.float32)
-    network.to(device)  # pyright: ignore[reportArgumentType]
-    processor.feature_cache = feature_cache(network, processor, [image for sample in samples for image in sample.images], 32)
-    rows = [processor.encode(sample.turns, sample.images, sample_id=sample.id) for sample in samples]
-    student = _Learner(network, Collator(processor.tokenizer.pad_token_id))
-    student.processor = processor
-    return student, rows
 
 
 if __name__ == "__main__":

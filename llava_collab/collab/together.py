@@ -60,8 +60,7 @@ class Together:
         small: TokenStudent,
         large: TokenStudent,
         gate: nn.Linear,
-        small_rows: Sequence[Any],
-        large_rows: Sequence[Any],
+        rows: Sequence[Any],
         features_MF: Tensor,
         *,
         folder: Path | None = None,
@@ -69,16 +68,15 @@ class Together:
         of: str = "",
         quiet: bool = False,
     ) -> list[Step]:
-        """Train in place what requires gradients of the three. The rows are the same samples, as each model's processor encodes them, and
-        `features_MF` what the gate sees of them; `gate` maps [B,F] to [B,1]. With `folder` and `save_every` (steps), the same call after
-        a kill goes on from the last save; `of` tells apart what the settings here do not: data and models.
+        """Train in place what requires gradients of the three, on `rows` [M], which both models take, and `features_MF`, what the gate
+        sees of them; `gate` maps [B,F] to [B,1]. With `folder` and `save_every` (steps), the same call after a kill goes on from the last
+        save; `of` tells apart what the settings here do not: data and models.
 
-        Raises ValueError for rows that do not match, for a folder of another training, and, before the update, for an infinite loss.
+        Raises ValueError for no rows, more or fewer features than rows, a folder of another training, and, before the update, for an
+        infinite loss.
         """
-        if not (len(small_rows) == len(large_rows) == len(features_MF)) or not len(small_rows):
-            raise ValueError(
-                f"{len(small_rows)} and {len(large_rows)} rows with {len(features_MF)} features: all have to be of the same samples"
-            )
+        if not rows or len(rows) != len(features_MF):
+            raise ValueError(f"{len(rows)} rows with {len(features_MF)} features: all have to be of the same samples, one at least")
         groups, learning = [], {}
         for name, module, lr in (("small", small, self.small_lr), ("large", large, self.large_lr), ("gate", gate, self.gate_lr)):
             if own := {f"{name}.{key}": p for key, p in module.named_parameters() if p.requires_grad}:
@@ -92,17 +90,18 @@ class Together:
         large.train()
         whole, name = range(len(steps), self.steps), "together" if self.joint else "apart"
         for step in tqdm(whole, desc=name, unit="step", initial=len(steps), total=self.steps, disable=quiet):
-            rows = rows_of(step, self.batch_size, len(small_rows), self.seed).tolist()
+            drawn = rows_of(step, self.batch_size, len(rows), self.seed).tolist()
+            batch = [rows[k] for k in drawn]
             for group in optimizer.param_groups:
                 group["lr"] = group["highest"] * rate(step, self.steps, self.warmup)
-            small_B = sample_losses(small, [small_rows[k] for k in rows])
-            large_B = sample_losses(large, [large_rows[k] for k in rows]).to(small_B)
+            small_B = sample_losses(small, batch)
+            large_B = sample_losses(large, batch).to(small_B)
             device = next(gate.parameters()).device
-            g_B = gate(features_MF[rows].to(device))[:, 0].sigmoid().to(small_B)
+            g_B = gate(features_MF[drawn].to(device))[:, 0].sigmoid().to(small_B)
             loss = self.loss(g_B, small_B, large_B)
             if not torch.isfinite(loss):
                 raise ValueError(
-                    f"step {step + 1}: the loss is {loss.item()}; the batch's rows start with {rows[:8]}. Look at them, or lower a rate"
+                    f"step {step + 1}: the loss is {loss.item()}; the batch's rows start with {drawn[:8]}. Look at them, or lower a rate"
                 )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
