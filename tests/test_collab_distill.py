@@ -209,6 +209,9 @@ def test_a_student_learns_its_teachers_distributions() -> None:
     before = divergence()
     Distiller(steps=60, batch_size=3, lr=3e-3).fit(student, rows, labeler, quiet=True)
     assert divergence() < 0.2 * before
+    ended = TokenStudent(teacher, lambda rows: collate([row | {"labels": row["labels"] + (row["labels"] >= 0)} for row in rows]))
+    with pytest.raises(ValueError, match="have to write an answer in the same tokens"):
+        Distiller(steps=1).fit(student, rows, TeacherTokens(ended), quiet=True)
 
 
 TEXTS = [

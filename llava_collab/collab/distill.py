@@ -138,16 +138,21 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TeacherTokens:
-    """A teacher's distributions over the next token, at `temperature`; `share` of the target, the rest is the token that stands there."""
+    """A teacher's distributions over the next token, at `temperature`; `share` of the target, the rest is the token that stands there.
+
+    Raises ValueError where teacher and student do not write the same tokens, or not out of one vocabulary.
+    """
 
     teacher: TokenStudent
     temperature: float = 1.0
     share: float = 1.0
 
     def __call__(self, at: Positions) -> tuple[Tensor, Tensor]:
+        if at.tokens_S is None or not torch.equal(self.teacher.positions(at.inputs)[1], at.tokens_S):
+            raise ValueError("teacher and student have to write an answer in the same tokens: one tokenizer, and one chat template")
         with torch.no_grad():
             soft_SC = (self.teacher(at.inputs).float() / self.temperature).softmax(-1).to(at.logits_SC.device)
-        if at.tokens_S is None or soft_SC.shape != at.logits_SC.shape:
+        if soft_SC.shape != at.logits_SC.shape:
             raise ValueError(f"teacher and student have to share a vocabulary, theirs are {soft_SC.shape[1]} and {at.logits_SC.shape[1]}")
         own_SC = F.one_hot(at.tokens_S.to(soft_SC.device), soft_SC.shape[1])
         return self.share * soft_SC + (1 - self.share) * own_SC, torch.ones(len(at.rows_S))
