@@ -161,7 +161,11 @@ def test_a_llava_is_taught_by_others(tmp_path: Path, how: str, monkeypatch: pyte
         taught = [row for row in rows if row.turns[-1].text.startswith("so says")]
         assert len(taught) == 11 * number and len(rows) == len(taught) + (12 if how == "rationales" else 0)
         assert weights == ([1.0] * 11 if how == "answers" else [1.0] * 12 + [0.5] * 22)
-    teaching.main(args)
+    made: list[tuple[Any, ...]] = []
+    labeler = teaching.TeacherTokens
+    monkeypatch.setattr(teaching, "TeacherTokens", lambda *settings: made.append(settings[1:]) or labeler(*settings))
+    teaching.main(dataclasses.replace(args, share=0.5, temperature=2.0))
+    assert made == ([(2.0, 0.5)] if how == "distributions" else [])
     before, after = (dict(load(folder)[0].named_parameters()) for folder in (tmp_path / "small", tmp_path / "out/model"))
     moved = {key for key, value in after.items() if not torch.equal(value, before[key])}
     assert moved and not any("vision_tower" in key for key in moved)

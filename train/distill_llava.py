@@ -93,10 +93,10 @@ class Args:
 def main(args: Args) -> None:
     """Teach and save. Raises ValueError or FileNotFoundError with the cure."""
     arguments = {key: str(value) for key, value in asdict(args).items()}
-    least, most = {"labels": (0, 0), "rationales": (1, 99)}.get(args.how, (1, 1))
-    if not least <= len(args.teachers) <= most:
-        wanted = f"{least}" if least == most else f"{least} or more"
-        raise ValueError(f"--how {args.how} takes {wanted} --teachers, not {len(args.teachers)}")
+    count, several = len(args.teachers), args.how == "rationales"
+    if count != (args.how != "labels") and not (several and count > 1):
+        wanted = "one or more" if several else "none" if args.how == "labels" else "one"
+        raise ValueError(f"--how {args.how} takes {wanted} of --teachers, not {count}")
     if finished_before(args.out, arguments):
         return
     samples = [sample for sample in read_samples(args.data) if sample.turns[-1].role == "assistant"]
